@@ -1,0 +1,158 @@
+"""The table: for each identity and method, each metric's mean with a bootstrap interval and N, nulls counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import rich.table
+from numpy.typing import NDArray
+from rich.text import Text
+
+from magicid.schema import MetricRow
+
+METRICS = ("face_sim", "face_detect_rate", "dynamic_magnitude", "prompt_score")
+SHOWN = ("face_sim", "dynamic_magnitude", "prompt_score")  # in a terminal
+METHODS = ("base", "sft", "hpo")
+NAMES = {"base": "base model", "sft": "SFT only", "hpo": "HPO"}
+TITLES = {
+    "face_sim": "face_sim",
+    "face_detect_rate": "faces found",
+    "dynamic_magnitude": "dynamic_magnitude",
+    "prompt_score": "prompt score",
+}
+LEVEL = 0.95
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One metric of one method for one identity.
+
+    `mean` is null when no clip has the metric; `low` and `high`, the ends of the 95 % interval, also when only one has.
+    """
+
+    identity_id: str
+    method: str
+    metric: str
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int  # clips that have the metric
+    nulls: int  # clips that do not
+
+
+def bootstrap(
+    values: Sequence[float] | NDArray[Any], *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+) -> tuple[float | None, float | None, float | None]:
+    """(mean, low, high) of values: percentile bootstrap over clips, seeded. None where there is nothing to say.
+
+    One value has a mean and no interval.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if not array.size:
+        return None, None, None
+    mean = float(array.mean())
+    if array.size == 1:
+        return mean, None, None
+    rng = np.random.default_rng(seed)
+    means = array[rng.integers(0, array.size, (resamples, array.size))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return mean, float(low), float(high)
+
+
+def table(rows: Sequence[MetricRow], *, seed: int = 0) -> list[Estimate]:
+    """Estimates of every (identity, method) that has rows, each of METRICS: identities by name, base before sft before
+    hpo before others. Non-finite values count as nulls."""
+    groups: dict[tuple[str, str], list[MetricRow]] = {}
+    for row in rows:
+        groups.setdefault((row.identity_id, row.method), []).append(row)
+    estimates = []
+    for identity_id, method in sorted(groups, key=lambda key: (key[0], _place(key[1]), key[1])):
+        # Parts of a run are read in no particular order; the seeded interval must not depend on it.
+        members = sorted(groups[identity_id, method], key=lambda row: row.clip_id)
+        for metric in METRICS:
+            values = [getattr(row, metric) for row in members]
+            measured = [value for value in values if value is not None and np.isfinite(value)]
+            mean, low, high = bootstrap(measured, seed=seed)
+            estimates.append(
+                Estimate(identity_id, method, metric, mean, low, high, len(measured), len(values) - len(measured))
+            )
+    return estimates
+
+
+def summary(rows: Sequence[MetricRow], identity_id: str, method: str) -> dict[str, float]:
+    """One identity and method for a manifest: `<metric>` its mean, `<metric>_low`, `<metric>_high`, `<metric>_n`.
+
+    What is null is left out; empty without rows.
+    """
+    own = [row for row in rows if row.identity_id == identity_id and row.method == method]
+    values: dict[str, float | None] = {}
+    for e in table(own):
+        values |= {e.metric: e.mean, f"{e.metric}_low": e.low, f"{e.metric}_high": e.high, f"{e.metric}_n": float(e.n)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def render(estimates: Sequence[Estimate]) -> rich.table.Table:
+    """The table for a terminal of 80 columns: the three metrics that the rewards stand for."""
+    drawn = rich.table.Table(
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        caption=f"mean [{LEVEL:.0%} bootstrap interval over N clips]",
+        caption_justify="left",
+    )
+    drawn.add_column("identity")
+    drawn.add_column("method")
+    drawn.add_column("N", justify="right")
+    for metric in SHOWN:
+        drawn.add_column(TITLES[metric], justify="right")
+    previous = None
+    kept = [e for e in estimates if e.metric in SHOWN]
+    for identity_id, method, clips, cells in _lines(kept, SHOWN, digits=2):
+        if previous not in (None, identity_id):
+            drawn.add_row()
+        shown = identity_id if identity_id != previous else ""
+        drawn.add_row(*(Text(value) for value in (shown, NAMES.get(method, method), clips, *cells)))
+        previous = identity_id
+    return drawn
+
+
+def markdown(estimates: Sequence[Estimate]) -> str:
+    """The table as Markdown, ending with a new line."""
+    heads = ["identity", "method", "N", *(TITLES[metric] for metric in METRICS)]
+    lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
+    lines += [[identity_id, method, clips, *cells] for identity_id, method, clips, cells in _lines(estimates, METRICS)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _place(method: str) -> int:
+    return METHODS.index(method) if method in METHODS else len(METHODS)
+
+
+def _lines(
+    estimates: Sequence[Estimate], metrics: Sequence[str], digits: int | None = None
+) -> list[tuple[str, str, str, list[str]]]:
+    """(identity, method, N, cells in the order of `metrics`)."""
+    groups: dict[tuple[str, str], dict[str, Estimate]] = {}
+    for estimate in estimates:
+        groups.setdefault((estimate.identity_id, estimate.method), {})[estimate.metric] = estimate
+    lines = []
+    for (identity_id, method), by_metric in groups.items():
+        clips = max(e.n + e.nulls for e in by_metric.values())
+        cells = [_cell(by_metric[metric], digits) if metric in by_metric else "–" for metric in metrics]
+        lines.append((identity_id, method, str(clips), cells))
+    return lines
+
+
+def _cell(estimate: Estimate, digits: int | None = None) -> str:
+    nulls = f" ({estimate.nulls} null)" if estimate.nulls else ""
+    if estimate.mean is None:
+        return f"–{nulls}"
+    digits = digits or (2 if estimate.metric == "dynamic_magnitude" else 3)
+    interval = ""
+    if estimate.low is not None and estimate.high is not None:
+        interval = f" [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+    return f"{estimate.mean:.{digits}f}{interval}{nulls}"

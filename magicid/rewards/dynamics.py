@@ -1,0 +1,125 @@
+"""R_dy: how much moves, by RAFT's optical flow between consecutive frames.
+
+Source: MagicID, the dynamics reward; Teed and Deng, RAFT, ECCV 2020, arXiv:2003.12039 (torchvision's implementation).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from magicid.errors import RewardError
+from magicid.rewards.frames import checked_frames
+
+SHORTEST_SIDE = 128  # px: RAFT's correlation pyramid has four levels on a grid of one eighth
+GRID = 8
+_CORRELATION_VALUES = 1 << 28  # of one forward pass, 1 GiB in float32
+
+
+class MotionReward:
+    """RAFT. Make it with `from_pretrained`.
+
+    Args:
+        model: torchvision's `raft_small` or `raft_large`.
+        updates: refinement steps.
+    """
+
+    def __init__(self, model: nn.Module, updates: int = 12) -> None:
+        self.model = model.eval()
+        self.updates = updates
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> MotionReward:
+        """Load a folder with `model.safetensors` (torchvision's names, any float type) and `config.json`.
+
+        The configuration names the `architecture`, raft_small or raft_large, and may give `num_flow_updates` (12).
+
+        Raises:
+            RewardError: a missing file, an unknown architecture, or weights that do not fit it.
+        """
+        from torchvision.models import optical_flow
+
+        folder = Path(folder)
+        action = "put config.json and model.safetensors of raft_small or raft_large there"
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            name = config.get("architecture", config.get("model"))
+            if name not in ("raft_small", "raft_large"):
+                raise ValueError(f"architecture {name!r} is not raft_small or raft_large")
+            model = getattr(optical_flow, name)(weights=None)
+            state = load_file(str(folder / "model.safetensors"))
+            model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+        except Exception as error:
+            raise RewardError(f"cannot load the motion model {folder}: {error}", action) from error
+        return cls(model.to(device), int(config.get("num_flow_updates", 12)))
+
+    @torch.no_grad()
+    def flow(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Optical flow float32 (F-1, 2, H, W) from each frame to the next: x and y in px of the given frames.
+
+        Frames with a shorter side below 128 px are resized up for the network, and the flow is scaled back.
+
+        Args:
+            frames: uint8 RGB (F, H, W, 3), at least two.
+
+        Raises:
+            RewardError: frames of another form, or a network that fails or answers with non-finite numbers.
+        """
+        frames = checked_frames(frames, least=2)
+        height, width = frames.shape[1:3]
+        device = next(self.model.parameters()).device
+        images = _network_input(frames)
+        cells = (images.shape[-2] // GRID) * (images.shape[-1] // GRID)
+        batch = max(1, min(16, _CORRELATION_VALUES // cells**2))
+        parts = []
+        try:
+            for start in range(0, len(images) - 1, batch):
+                stop = min(start + batch, len(images) - 1)
+                first, second = images[start:stop].to(device), images[start + 1 : stop + 1].to(device)
+                flow = self.model(first, second, num_flow_updates=self.updates)[-1]
+                parts.append(_original_size(flow.float(), height, width).cpu())
+        except Exception as error:
+            raise RewardError(f"RAFT failed: {error}", "check the model folder and the clip") from error
+        result = torch.cat(parts).numpy()
+        if not np.isfinite(result).all():
+            raise RewardError("RAFT answered with non-finite flow", "check the model folder")
+        return result
+
+    def score(self, frames: NDArray[np.uint8]) -> float:
+        """R_dy: the mean length of the flow over all pixels and pairs of consecutive frames, px per frame (>= 0)."""
+        return float(np.linalg.norm(self.flow(frames).astype(np.float64), axis=1).mean())
+
+
+def _scale(height: int, width: int) -> float:
+    return max(1.0, SHORTEST_SIDE / min(height, width))
+
+
+def _resized(height: int, width: int) -> tuple[int, int]:
+    scale = _scale(height, width)
+    return round(height * scale), round(width * scale)
+
+
+def _network_input(frames: NDArray[np.uint8]) -> Tensor:
+    """(F, 3, h, w) in -1..1: at least 128 px a side, the last rows and columns repeated up to a multiple of 8."""
+    images = torch.from_numpy(frames).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    height, width = _resized(*frames.shape[1:3])
+    if (height, width) != frames.shape[1:3]:
+        images = F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
+    return F.pad(images, (0, -width % GRID, 0, -height % GRID), mode="replicate")
+
+
+def _original_size(flow: Tensor, height: int, width: int) -> Tensor:
+    """Flow (N, 2, h, w) of the network's frames as flow (N, 2, H, W) of the original ones, in their pixels."""
+    resized_height, resized_width = _resized(height, width)
+    flow = flow[..., :resized_height, :resized_width]
+    if (resized_height, resized_width) == (height, width):
+        return flow
+    flow = F.interpolate(flow, size=(height, width), mode="area")
+    return flow / flow.new_tensor([resized_width / width, resized_height / height]).view(1, 2, 1, 1)

@@ -1,0 +1,111 @@
+"""A run directory: everything one job makes, under one fsspec URL. The only place where its layout is spelled.
+
+recipe.toml  run.json                       the resolved recipe and what made the run
+identities/  identities.parquet rejected.parquet <id>/photo-N.png
+prompts.parquet
+clips/<c2>/<clip_id>.mp4 .safetensors       content-addressed clips and their latents
+text/<hash>.safetensors                     text embeddings, one file per prompt
+scored/part-*.parquet                       clips with their rewards, in the order they were finished
+rewards/<id>.parquet                        what selection saw: raw rewards, 1..10, fronts
+training/<id>/<stage>/                      checkpoints, log.parquet, lora.safetensors
+pairs/<id>.parquet  pairs/<id>.rejected.parquet
+adapters/<id>/<version>/                    published adapters
+evaluation/part-*.parquet                   metric rows
+report.html
+attempts/<start>/  ray_train/               while the job runs: tries of each clip; Ray Train's own files
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+from magicid import __version__, schema, storage
+from magicid.errors import StorageError
+from magicid.recipe import Recipe
+
+T = TypeVar("T")
+
+
+class Run:
+    """Paths and tables of one run directory. `location` is a local path or an fsspec URL."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location.rstrip("/")
+
+    def path(self, *parts: str) -> str:
+        """The full location of a relative URI."""
+        return storage.join(self.location, *parts)
+
+    def open(self, recipe: Recipe, base_sha256: str) -> None:
+        """Begin or continue a run.
+
+        Raises:
+            StorageError: another recipe or base model began it, or it cannot be written.
+        """
+        storage.check_writable(self.location)
+        marker = self.path("run.json")
+        if storage.exists(marker):
+            found = storage.read_json(marker)
+            if found["recipe_sha256"] != recipe.content_sha256:
+                raise StorageError(
+                    f"{self.location} was begun with another recipe (hash {found['recipe_sha256'][:12]}, "
+                    f"now {recipe.content_sha256[:12]})",
+                    "give another --out, or the recipe kept there as recipe.toml",
+                )
+            if found["base_sha256"] != base_sha256:
+                raise StorageError(
+                    f"{self.location} was begun with base model {found['base_sha256'][:12]}, now {base_sha256[:12]}",
+                    "give another --out, or the base model of that run",
+                )
+            return
+        storage.write_bytes(self.path("recipe.toml"), recipe.to_toml().encode())
+        content = {"recipe_sha256": recipe.content_sha256, "recipe": recipe.name, "base_sha256": base_sha256}
+        storage.write_json(marker, {**content, "magicid": __version__})
+
+    def pin(self, name: str, sha256: str) -> None:
+        """Remember what the run was begun with. Raises StorageError when it is something else now."""
+        marker = self.path(f"{name}.sha256")
+        if not storage.exists(marker):
+            storage.write_bytes(marker, sha256.encode())
+        elif storage.read_bytes(marker).decode() != sha256:
+            raise StorageError(f"{self.location} was begun with other {name}", "give another --out for the new ones")
+
+    def write(self, name: str, values: Sequence[Any], cls: type) -> None:
+        """Write dataclasses as one Parquet table, `name` relative to the run."""
+        storage.write_table(self.path(name), schema.to_rows(values), schema.arrow_schema(cls))
+
+    def read(self, name: str, cls: type[T]) -> list[T]:
+        """Read one Parquet table as dataclasses."""
+        return [schema.from_row(cls, row) for row in storage.read_table(self.path(name))]
+
+    def has(self, name: str) -> bool:
+        """Whether a file of the run is there."""
+        return storage.exists(self.path(name))
+
+    def append(self, folder: str, values: Iterable[Any], cls: type) -> None:
+        """Add a part to a table that grows: parts are whole or absent, never changed."""
+        rows = list(values)
+        if rows:
+            self.write(f"{folder}/part-{uuid.uuid4().hex}.parquet", rows, cls)
+
+    def read_parts(self, folder: str, cls: type[T]) -> list[T]:
+        """All rows of a growing table; [] when it has not begun. Order is not kept."""
+        files = storage.list_files(self.path(folder), ".parquet")
+        return [schema.from_row(cls, row) for file in files for row in storage.read_table(file)]
+
+
+def clip_uri(clip_id: str, suffix: str) -> str:
+    """Where a clip's file lies, relative to the run: `.mp4` or `.safetensors`."""
+    return f"clips/{clip_id[:2]}/{clip_id}{suffix}"
+
+
+def text_uri(prompt: str, text_settings_sha256: str) -> str:
+    """Where a prompt's text embeddings lie, relative to the run."""
+    return f"text/{storage.sha256_json([prompt, text_settings_sha256])[:24]}.safetensors"
+
+
+def training_uri(identity_id: str, stage: str, name: str) -> str:
+    """Where a training stage (`sft` or `hpo`) of one identity keeps a file, relative to the run."""
+    return f"training/{identity_id}/{stage}/{name}"

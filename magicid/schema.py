@@ -1,0 +1,210 @@
+"""The data contract: Identity + Prompt -> Clip -> Rewards -> Pair -> Adapter, and the Arrow schemas made from them.
+
+This is the only place where a column is named. Rows are immutable and gain columns; pixels, latents and text embeddings
+travel as URI + SHA-256. Every `*_uri` is relative to the run directory, so that a run can be moved as a whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+BASE_CLIP = "V_s"  # from the untouched base model, shared by all identities
+TRAINED_CLIP = "V_t"  # from the identity's SFT adapter
+STATIC_CLIP = "V_id"  # a reference photo inflated to a clip
+EVALUATION_CLIP = "evaluation"  # a held-out prompt, for the table
+VALIDATION_CLIP = "validation"  # what a trainer sampled on its way, kept as latents; `seed` is the step
+
+REWARD_NAMES = ("identity", "motion", "semantics")  # the order of the columns of every rewards matrix (N, 3)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One person, checked. `photos` are the URIs of normalised PNG copies under the run directory."""
+
+    identity_id: str
+    owner: str
+    photos: list[str]
+    class_word: str = "person"
+    consent: str | None = None
+    priority: int = 0
+    overrides: dict[str, str] = field(default_factory=dict)  # dotted recipe key -> TOML value
+    references: list[list[float]] = field(default_factory=list)  # (photos, D) unit face embeddings, reward recogniser
+    metric_references: list[list[float]] = field(default_factory=list)  # the same by the metric recogniser
+    warnings: list[str] = field(default_factory=list)  # e.g. a photo left out, and why
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Something set aside, and why: an identity, a photo, a clip, a pair."""
+
+    kind: str
+    name: str
+    problem: str
+    action: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt; `split` is `training` or `heldout`."""
+
+    prompt_id: str
+    text: str
+    split: str
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip, wanted or made. `clip_id` is a content address: the same request always has the same id.
+
+    `error` is the reason of the last failed try, after all tries; then the URIs are null.
+    """
+
+    clip_id: str
+    kind: str  # V_s, V_t, V_id, evaluation or validation
+    identity_id: str | None  # null for V_s and for evaluation clips of the base model
+    method: str  # base, sft, hpo, photo or validation
+    prompt_id: str
+    prompt: str
+    seed: int
+    photo_uri: str | None = None  # V_id only
+    adapter_uri: str | None = None
+    adapter_sha256: str | None = None
+    video_uri: str | None = None
+    video_sha256: str | None = None
+    latents_uri: str | None = None
+    latents_sha256: str | None = None
+    text_uri: str | None = None  # text embeddings of the prompt, shared by all clips of this prompt
+    attempts: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class ScoredClip(Clip):
+    """A clip with its raw rewards. A reward that failed is null and `*_error` says why; never a number.
+
+    `embeddings` are the face embeddings of its frames, null where no face was found in a frame, so the identity reward
+    against any person is a dot product. `identity_reward` is null for V_s, which is shared by all identities.
+    """
+
+    embeddings: list[list[float] | None] | None = None  # (F, D)
+    identity_reward: float | None = None  # mean cosine, -1..1
+    identity_error: str | None = None
+    motion_reward: float | None = None  # px per frame
+    motion_error: str | None = None
+    semantics_reward: float | None = None  # expected rating, 1..10
+    semantics_error: str | None = None
+
+
+@dataclass(frozen=True)
+class RewardRow:
+    """What selection saw of one clip for one identity: raw rewards, the same on 1..10 for show, and the fronts."""
+
+    clip_id: str
+    kind: str
+    prompt: str
+    identity: float | None  # mean cosine, -1..1
+    motion: float | None  # px per frame
+    semantics: float | None  # 1..10
+    identity_scaled: float | None
+    motion_scaled: float | None
+    semantics_scaled: float | None
+    upper_front: bool
+    lower_front: bool
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference pair: the winner is preferred to the loser. Both carry latents; the prompt is common.
+
+    Rewards are raw values in the order identity, motion, semantics.
+    """
+
+    pair_id: str
+    identity_id: str
+    kind: str  # P_id or P_dy
+    rank: int  # 0 is the pair with the largest identity gap of its kind
+    prompt: str  # the prompt both sides are trained under
+    text_uri: str
+    winner_id: str
+    winner_kind: str
+    winner_latents_uri: str
+    winner_rewards: list[float | None]
+    loser_id: str
+    loser_kind: str
+    loser_latents_uri: str
+    loser_rewards: list[float | None]
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One evaluation clip measured by networks that were never optimised against; null where it cannot be measured."""
+
+    clip_id: str
+    identity_id: str  # whose references it was compared with
+    method: str  # base, sft, hpo or validation
+    prompt: str
+    seed: int
+    face_sim: float | None  # mean cosine with the references, metric recogniser, -1..1
+    face_detect_rate: float | None  # 0..1
+    dynamic_magnitude: float | None  # px per step of about 1/8 s, scaled to 256 px: mean of the top 5 % flow magnitudes
+    prompt_score: float | None  # 0..1
+    fps: int
+    frames: int
+    height: int
+    width: int
+    video_uri: str | None
+    error: str | None = None
+
+
+T = TypeVar("T")
+
+_ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+
+
+def _arrow_type(annotation: Any) -> pa.DataType:
+    """The Arrow type of a field annotation: scalars, Optional, list[...] and dict[str, str]."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        (inner,) = [a for a in arguments if a is not type(None)]
+        return _arrow_type(inner)
+    if origin is list:
+        return pa.list_(_arrow_type(arguments[0]))
+    if origin is dict:
+        return pa.map_(_arrow_type(arguments[0]), _arrow_type(arguments[1]))
+    return _ARROW[annotation]
+
+
+def arrow_schema(cls: type) -> pa.Schema:
+    """The Arrow schema of one of the dataclasses above, its fields in order."""
+    hints = typing.get_type_hints(cls)
+    return pa.schema([(f.name, _arrow_type(hints[f.name])) for f in dataclasses.fields(cls)])
+
+
+def to_row(value: Any) -> dict[str, Any]:
+    """A dataclass as a plain row."""
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+
+
+def from_row(cls: type[T], row: dict[str, Any]) -> T:
+    """A row as the dataclass; other columns are ignored, absent ones take their default."""
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if f.name in row:
+            value = row[f.name]
+            if typing.get_origin(hints[f.name]) is dict and not isinstance(value, dict):
+                value = dict(value or [])  # Arrow maps come back as lists of pairs
+            values[f.name] = value
+    return cls(**values)
+
+
+def to_rows(values: Sequence[Any]) -> list[dict[str, Any]]:
+    """Dataclasses as plain rows."""
+    return [to_row(value) for value in values]

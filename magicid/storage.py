@@ -1,0 +1,230 @@
+"""Files on any fsspec URL: atomic writes, content addresses, and nothing half-written ever read.
+
+A location is a local path or an fsspec URL (`s3://bucket/run`, `gs://...`, `memory://...`). Local writes go to a
+temporary sibling and are renamed; object stores replace whole objects, so a reader sees the old bytes or the new ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import posixpath
+import re
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.numpy
+from fsspec.implementations.local import LocalFileSystem
+
+from magicid.errors import StorageError
+
+_PROBE = ".magicid-write-probe"
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # protocol -> the optional dependency that brings it
+# These know no folders: making one would ask for the right to make buckets.
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "r2"})
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s<>\"]+")
+# The user-info of a URL: up to the last @ of the host's part, or, where a password holds a slash, up to the first @.
+_USER_INFO = re.compile(r"(://)(?:[^/?#]*@|[^/?#@:]*:(?!\d+(?:[/?#]|$))[^@]*@)")
+_READ_ACTION = "check that the path exists and is readable"
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex SHA-256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a JSON value in canonical form (sorted keys, no spaces): the content address of settings."""
+    return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def join(base: str | Path, *parts: str) -> str:
+    """Join a location and relative parts with '/', for paths and URLs alike."""
+    return posixpath.join(str(base).rstrip("/") or "/", *parts)
+
+
+def public_name(location: str | Path) -> str:
+    """A location as it may be shown and logged: a URL without user-info, query and fragment (keys, signatures)."""
+    name = str(location)
+    return re.split(r"[?#]", _USER_INFO.sub(r"\1", name))[0] if "://" in name else name
+
+
+def public_text(text: str) -> str:
+    """A text, such as another library's message, with every URL in it as `public_name` shows it."""
+
+    def shown(found: re.Match[str]) -> str:
+        url = found.group()
+        bare = url.rstrip("'`)]},;:.")  # what the text puts around the URL
+        return public_name(bare) + url[len(bare) :]
+
+    return _URL.sub(shown, text)
+
+
+@contextmanager
+def _told(verb: str, location: str | Path, action: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a StorageError that names the location. Object stores raise many types."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        reason = public_text(str(error)) or type(error).__name__
+        raise StorageError(f"cannot {verb} {public_name(location)}: {reason}", action) from error
+
+
+def open_fs(location: str | Path) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a location and the path in it.
+
+    Raises:
+        StorageError: an unknown protocol, one whose package is not installed, or one that cannot be set up.
+    """
+    protocol = str(location).split("://")[0].split("::")[-1]
+    try:
+        with _told("open", location, "check the location and the credentials of its storage"):
+            return fsspec.core.url_to_fs(str(location))
+    except StorageError as error:
+        if isinstance(error.__cause__, ImportError):
+            extra = _EXTRAS.get(protocol)
+            action = f'pip install "magicid[{extra}]"' if extra else "install the package it names"
+            raise StorageError(error.problem, action) from error.__cause__
+        if isinstance(error.__cause__, ValueError):
+            raise StorageError(error.problem, "use a path, or a URL fsspec knows such as s3:// or gs://") from error
+        raise
+
+
+def exists(location: str | Path) -> bool:
+    """Whether a file or folder is there. Raises StorageError when the storage does not say."""
+    fs, path = open_fs(location)
+    with _told("look for", location, _READ_ACTION):
+        return bool(fs.exists(path))
+
+
+def file_size(location: str | Path) -> int:
+    """The size of a file in bytes; 0 where the storage does not know. Raises StorageError when it is missing."""
+    fs, path = open_fs(location)
+    with _told("read", location, _READ_ACTION):
+        return int(fs.size(path) or 0)
+
+
+def read_bytes(location: str | Path) -> bytes:
+    """The bytes of a file. Raises StorageError when it is missing or unreadable."""
+    fs, path = open_fs(location)
+    with _told("read", location, _READ_ACTION):
+        return bytes(fs.cat_file(path))
+
+
+def write_bytes(location: str | Path, data: bytes) -> str:
+    """Write a file atomically; returns its SHA-256. Raises StorageError (unwritable, disk full)."""
+    fs, path = open_fs(location)
+    with _told("write", location, "check free space and write permission, or choose another --out"):
+        if isinstance(fs, LocalFileSystem):
+            _write_local(path, data)
+        else:
+            protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+            if _OBJECT_STORES.isdisjoint(protocols):
+                fs.makedirs(posixpath.dirname(path), exist_ok=True)
+            fs.pipe_file(path, data)
+    return sha256_bytes(data)
+
+
+def _write_local(path: str, data: bytes) -> None:
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{os.path.basename(path)}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def check_writable(location: str | Path) -> None:
+    """Write and remove a small probe. Raises StorageError when the location cannot be written."""
+    probe = join(location, f"{_PROBE}-{uuid.uuid4().hex[:8]}")
+    write_bytes(probe, b"probe")
+    remove(probe)
+
+
+def list_files(location: str | Path, suffix: str = "") -> list[str]:
+    """Sorted full locations of the files below a folder (recursive) that end with `suffix`; [] when it is missing.
+
+    Raises StorageError when the folder cannot be listed.
+    """
+    fs, path = open_fs(location)
+    with _told("list", location, "check that the folder is readable"):
+        if not fs.exists(path):
+            return []
+        found = [f for f in fs.find(path) if f.endswith(suffix) and not f.endswith(".partial")]
+        return sorted(found if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(f) for f in found])
+
+
+def remove(location: str | Path) -> None:
+    """Remove a file or a folder with all below it; nothing happens when it is missing.
+
+    Raises StorageError when it cannot be removed.
+    """
+    fs, path = open_fs(location)
+    with _told("remove", location, "check the write permission, or remove it by hand"):
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+
+def write_json(location: str | Path, value: Any) -> str:
+    """Write JSON (indented, sorted keys) atomically; returns its SHA-256."""
+    return write_bytes(location, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(location: str | Path) -> Any:
+    """Read JSON. Raises StorageError when it is missing or not JSON."""
+    try:
+        return json.loads(read_bytes(location))
+    except ValueError as error:
+        raise StorageError(f"{public_name(location)} is not valid JSON: {error}", "remove it and run again") from error
+
+
+def write_table(location: str | Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> str:
+    """Write rows as one Parquet file, atomically, in the given schema; returns its SHA-256."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), buffer)
+    return write_bytes(location, buffer.getvalue())
+
+
+def read_table(location: str | Path) -> list[dict[str, Any]]:
+    """Read one Parquet file as rows. Raises StorageError when it is missing or truncated."""
+    data = read_bytes(location)
+    try:
+        return list(pq.read_table(io.BytesIO(data)).to_pylist())
+    except pa.ArrowException as error:
+        raise StorageError(
+            f"{public_name(location)} is not a whole Parquet file: {error}", "remove it and run again"
+        ) from error
+
+
+def write_arrays(location: str | Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> str:
+    """Write named arrays as safetensors, atomically; returns the SHA-256 of the file."""
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return write_bytes(location, safetensors.numpy.save(contiguous, metadata=metadata))
+
+
+def read_arrays(location: str | Path) -> dict[str, np.ndarray]:
+    """Read a safetensors file as named arrays. Raises StorageError when it is missing or corrupt."""
+    data = read_bytes(location)
+    try:
+        return dict(safetensors.numpy.load(data))
+    except Exception as error:
+        raise StorageError(
+            f"{public_name(location)} is not a whole safetensors file: {error}", "remove it and run again"
+        ) from error

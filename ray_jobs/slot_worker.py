@@ -1,0 +1,121 @@
+"""What one worker of a training slot holds, the base transformer and the engine, and how it trains one task.
+
+Neither the VAE nor the text encoders are in memory: latents and text embeddings come from the run directory, and a
+validation sample is kept as latents, to be decoded by the generator pool later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pyarrow as pa
+import safetensors.torch
+
+from magicid import adapters, schema, storage
+from magicid.backbones import load_backbone
+from magicid.backbones.base import TextEmbeddings
+from magicid.recipe import Recipe
+from magicid.run import Run, training_uri
+from magicid.schema import Pair
+from magicid.training.checkpoint import CheckpointStore
+from magicid.training.engine import create_engine
+from magicid.training.hpo import train_hpo
+from magicid.training.loop import LogRow, TrainingResult
+from magicid.training.pairs import PairStore, read_latents, read_text
+from magicid.training.sft import train_sft
+from ray_jobs.queue import Task
+from ray_jobs.stages import device, limit_threads
+
+RAW_FILE = "lora.safetensors"  # PEFT's names: what the next stage starts from
+WEIGHTS_FILE = adapters.WEIGHTS_NAME  # the published form; written last, so where it is, all is
+REPORTED = ("loss", "accuracy", "gradient_factor")
+
+OnProgress = Callable[[int, dict[str, float]], None]
+
+
+class SlotWorker:
+    """One worker's resident base model and engine; trains one task after the other."""
+
+    def __init__(self, recipe: Recipe, run: Run, *, engine: Literal["deepspeed", "torch"] = "deepspeed") -> None:
+        limit_threads(recipe.resources.threads)
+        self.recipe, self.run = recipe, run
+        self.backbone = load_backbone(recipe, parts=("transformer",), device=device())
+        self.engine = create_engine(
+            self.backbone.transformer, self.backbone.lora_target_modules(), recipe.lora, recipe.trainer, kind=engine
+        )
+
+    def train(self, task: Task, progress: OnProgress) -> dict[str, Any]:
+        """Train one identity through one stage and write its adapter; returns what the ledger keeps.
+
+        Raises:
+            MagicIDError: the identity cannot be trained; its last good checkpoint is kept.
+        """
+        identity_id = task.payload["identity_id"]
+        recipe = self.recipe.for_identity(task.payload["overrides"])
+        folder = self.run.path(training_uri(identity_id, task.stage, "checkpoints"))
+        stage = self._sft if task.stage == "sft" else self._hpo
+        result = stage(task, recipe, CheckpointStore(folder, task.stage), progress)
+        if self.engine.rank == 0:
+            self._write(identity_id, task.stage, result)
+        return {"steps": result.steps, "loss": result.history[-1]["loss"]}
+
+    def _sft(self, task: Task, recipe: Recipe, checkpoints: CheckpointStore, progress: OnProgress) -> TrainingResult:
+        examples = task.payload["examples"]
+        clips = {example["clip_id"]: read_latents(self.run.location, example["latents_uri"]) for example in examples}
+        text = read_text(self.run.location, examples[0]["text_uri"])
+        watch = _Watch(progress)
+        return train_sft(
+            self.engine, self.backbone, clips, text, recipe.sft, recipe.trainer, checkpoints,
+            on_log=watch.log, on_step=watch.step,
+        )  # fmt: skip
+
+    def _hpo(self, task: Task, recipe: Recipe, checkpoints: CheckpointStore, progress: OnProgress) -> TrainingResult:
+        identity_id = task.payload["identity_id"]
+        pairs = PairStore([schema.from_row(Pair, row) for row in task.payload["examples"]], self.run.location)
+        sft = storage.read_bytes(self.run.path(training_uri(identity_id, "sft", RAW_FILE)))
+        text = pairs[next(iter(pairs.kinds))].text
+        watch = _Watch(progress)
+        return train_hpo(
+            self.engine, self.backbone, pairs, safetensors.torch.load(sft), recipe.hpo, recipe.trainer,
+            recipe.sampling.guidance_scale, checkpoints,
+            on_log=watch.log, on_step=watch.step, validate=lambda step: self._validate(identity_id, step, text, recipe),
+        )  # fmt: skip
+
+    def _validate(self, identity_id: str, step: int, text: TextEmbeddings, recipe: Recipe) -> None:
+        """Sample one clip with the policy, always the same prompt and seed, and keep its latents."""
+        latents = self.backbone.sample_text(text, [recipe.hpo.seed])
+        if self.engine.rank == 0:
+            uri = training_uri(identity_id, "hpo", f"validation/step-{step:06d}.safetensors")
+            storage.write_arrays(self.run.path(uri), {"latents": latents[0].float().cpu().numpy()})
+
+    def _write(self, identity_id: str, stage: str, result: TrainingResult) -> None:
+        def path(name: str) -> str:
+            return self.run.path(training_uri(identity_id, stage, name))
+
+        storage.write_table(path("log.parquet"), list(result.history), log_schema(result.history))
+        storage.write_bytes(path(RAW_FILE), safetensors.torch.save(result.lora_state))
+        published = self.backbone.lora_state_dict(result.lora_state)
+        storage.write_bytes(
+            path(WEIGHTS_FILE), adapters.to_bytes(published, self.recipe.lora.rank, self.recipe.lora.alpha)
+        )
+
+
+def log_schema(history: list[LogRow]) -> pa.Schema:
+    """`step` and one float column per logged quantity."""
+    names = list(history[0]) if history else ["step"]
+    return pa.schema([(name, pa.float64()) for name in names])
+
+
+class _Watch:
+    """Joins what the loop tells: the log row every few steps, the step number at each."""
+
+    def __init__(self, progress: OnProgress) -> None:
+        self.progress = progress
+        self.metrics: dict[str, float] = {}
+
+    def log(self, row: LogRow) -> None:
+        self.metrics = {name: row[name] for name in REPORTED if name in row}
+
+    def step(self, step: int) -> None:
+        self.progress(step, self.metrics)
