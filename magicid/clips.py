@@ -19,7 +19,9 @@ from magicid.storage import read_bytes
 
 Frames = NDArray[np.uint8]  # (F, H, W, 3) RGB
 
-_CRF = "8"
+# x264's lookahead reads memory that nobody wrote when the picture is small, and what it does depends on the number of
+# threads: without it, and with one thread, the same frames are the same bytes in every process and on every machine.
+_X264 = {"crf": "8", "preset": "medium", "x264-params": "mbtree=0:bframes=0:scenecut=0:rc-lookahead=0:weightp=0"}
 # Without these flags each conversion between RGB and YUV darkens the picture by a level.
 _EXACT = (
     Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT
@@ -43,9 +45,10 @@ def encode_mp4(frames_FHWC: Frames, fps: int) -> bytes:
         raise ValueError(f"height and width must be even and fps at least 1, not {height}x{width} at {fps} fps")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": _CRF, "preset": "medium"})
+        stream = container.add_stream("libx264", rate=fps, options=_X264)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
+        context.thread_count = 1
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = ColorRange.MPEG
         for pixels in frames:

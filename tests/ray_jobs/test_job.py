@@ -127,12 +127,9 @@ def test_kills_of_driver_and_worker_change_nothing(finished: Path, people: Path,
     assert {name: now[name] for name in made} == made, "a finished clip was made again"
     assert job.latents(out) == job.latents(finished), "a clip of the repository came out otherwise"
     assert job.sft_sha256(out, "ada") == job.sft_sha256(finished, "ada")
-    # Rewards are measured on encoded pixels, which agree to about 1 % between runs: a pair at a tie may change sides.
-    pairs, before = set(job.pair_ids(out, "ada")), set(job.pair_ids(finished, "ada"))
-    assert len(pairs & before) >= 0.8 * len(pairs | before)
-    if pairs == before:
-        assert job.adapter_sha256(out, "ada") == job.adapter_sha256(finished, "ada")
-    assert job.adapter_sha256(out, "ada")
+    assert now.keys() == job.clips(finished).keys()
+    assert job.pair_ids(out, "ada") == job.pair_ids(finished, "ada")
+    assert job.adapter_sha256(out, "ada") == job.adapter_sha256(finished, "ada")
 
 
 def test_nothing_to_do_is_an_error(tmp_path: Path) -> None:
