@@ -4,7 +4,7 @@ Plain: a second, whole model as the reference and four forward passes (policy an
 magicid: the reference as a second adapter on the same base, its errors kept per (pair, draw), winner and loser in one
 pass; or, short of memory, one after the other under activation checkpointing. Random weights, float32.
 
-    python benchmarks/hpo_step.py [--rounds 3] [--only large|world]
+    python benchmarks/bench_hpo_step.py [--rounds 3] [--only large|world]
 
 Times are medians of alternating steps in one process. Memory is the peak resident size of a process that runs one of
 the two, measured with everything imported but no model, and above that.

@@ -1,6 +1,6 @@
 """The Ray Data path against a single-process loop over the same clips on the same cores, in one run.
 
-    python benchmarks/bench_pipeline.py [--clips 48]
+    python benchmarks/bench_pipeline.py [--clips 160]
 
 Both generate and score the same clips with the same stage classes, from loading the models to the last row. The loop
 has all cores as torch threads; the pools have one thread per actor and overlap. Printed: the ratio (goal: at most 1.1).
@@ -44,7 +44,7 @@ def loop(settings: recipe.Recipe, run: Run, wanted: list[Clip]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=int, default=48)
+    parser.add_argument("--clips", type=int, default=160)
     options = parser.parse_args()
     settings = recipe.load("face-world", {"repository.base_clips": options.clips})
     prompts = [prompt for prompt in load_prompts(settings.prompts) if prompt.split == "training"]

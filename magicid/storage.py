@@ -90,7 +90,8 @@ def open_fs(location: str | Path) -> tuple[fsspec.AbstractFileSystem, str]:
     protocol = str(location).split("://")[0].split("::")[-1]
     try:
         with _told("open", location, "check the location and the credentials of its storage"):
-            return fsspec.core.url_to_fs(str(location))
+            # Object stores remember listings: what another process writes would not be seen.
+            return fsspec.core.url_to_fs(str(location), use_listings_cache=False)
     except StorageError as error:
         if isinstance(error.__cause__, ImportError):
             extra = _EXTRAS.get(protocol)

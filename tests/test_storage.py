@@ -91,7 +91,7 @@ def test_storage_that_cannot_be_opened_says_what_to_do(call: Any, monkeypatch: p
     with pytest.raises(StorageError, match=r"cannot open nosuch://u/x.*Protocol not known"):
         call("nosuch://u/x")
 
-    def without_packages(url: str) -> None:
+    def without_packages(url: str, **options: object) -> None:
         raise ImportError("Install it")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", without_packages)
@@ -114,7 +114,7 @@ class Refusing(fsspec.AbstractFileSystem):
 
 @pytest.mark.parametrize("call", EVERY_CALL)
 def test_storage_that_refuses_is_a_clean_error_without_secrets(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (Refusing(), "b/x"))
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **options: (Refusing(), "b/x"))
     shown = r"https://b\.example/x(/\S+)?: 403, url='https://b\.example/x' — "  # the probe has a name of its own
     with pytest.raises(StorageError, match=shown) as caught:
         call("https://key:pass@b.example/x")
@@ -134,7 +134,7 @@ def test_object_stores_are_asked_for_no_folder(monkeypatch: pytest.MonkeyPatch) 
         def pipe_file(self, path: str, value: bytes, **_: Any) -> None:
             written[path] = value
 
-    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (Store(), "b/x/y"))
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **options: (Store(), "b/x/y"))
     assert storage.write_bytes("s3://b/x/y", b"abc") == ABC
     assert written == {"b/x/y": b"abc"}
 
