@@ -4,7 +4,9 @@ magicid recipes
 magicid check --recipe hunyuan-480p --out s3://bucket/run --hpo.steps=2000
 magicid identities examples/identities --recipe face-world
 magicid adapters list RUN | show RUN IDENTITY (or IDENTITY@VERSION) | verify RUN
+magicid adapters alias RUN IDENTITY@VERSION ALIAS | rollback RUN IDENTITY ALIAS | delete RUN IDENTITY (or @VERSION)
 magicid report RUN
+magicid provenance CLIP
 python -m ray_jobs.customize --recipe ... --identities ... --out RUN
 """
 
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 if TYPE_CHECKING:
+    from magicid.adapters import Alias
     from magicid.recipe import Recipe
     from magicid.schema import Rejected
 
@@ -27,9 +30,12 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 adapters_app = typer.Typer(no_args_is_help=True, help="The published adapters of a run.")
 app.add_typer(adapters_app, name="adapters")
 
+NOT_VALID, NO_PROVENANCE = 1, 3  # exit codes; 2 is an error
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 RECIPE = typer.Option("face-world", "--recipe", help="a shipped recipe or a .toml file")
 RUN = typer.Argument(..., help="run directory, on any fsspec URL")
+ADAPTER = typer.Argument(..., help="IDENTITY or IDENTITY@VERSION")
+IDENTITY = typer.Argument(..., help="an identity with published adapters")
 _STYLES = {"error": "red", "warning": "yellow", "ok": "dim"}
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -136,16 +142,19 @@ def identities(
 @adapters_app.command("list")
 @told_plainly
 def list_adapters(run: str = RUN) -> None:
-    """List the published adapters of a run, oldest first."""
-    show(
-        ["identity", "version", "created", "base"],
-        [[a.identity_id, a.version, a.created, a.base[:12]] for a in published(run)],
-    )
+    """List the published adapters of a run, oldest first, with the aliases that stand for them."""
+    found = published(run)
+    named = {identity_id: alias_names(run, identity_id) for identity_id in {a.identity_id for a in found}}
+    rows = [
+        [a.identity_id, a.version, a.created, a.base[:12], ", ".join(named[a.identity_id].get(a.version, []))]
+        for a in found
+    ]
+    show(["identity", "version", "created", "base", "aliases"], rows)
 
 
 @adapters_app.command("show")
 @told_plainly
-def show_adapter(run: str = RUN, adapter: str = typer.Argument(..., help="IDENTITY or IDENTITY@VERSION")) -> None:
+def show_adapter(run: str = RUN, adapter: str = ADAPTER) -> None:
     """Print the manifest of an adapter, the newest one where no version is named."""
     from magicid.errors import AdapterError
 
@@ -176,6 +185,80 @@ def verify_adapters(run: str = RUN) -> None:
     show(["identity", "version", "state", "why"], rows, styles=_STYLES)
     if damaged:
         raise typer.Exit(1)
+
+
+@adapters_app.command("alias")
+@told_plainly
+def set_alias(
+    run: str = RUN,
+    adapter: str = typer.Argument(..., help="IDENTITY@VERSION"),
+    alias: str = typer.Argument(..., help="a name such as prod: letters, digits, - and _"),
+    canary: str | None = typer.Option(None, help="another version, which gets --share of the requests"),
+    share: float = typer.Option(0.0, help="above 0, at most 1"),
+) -> None:
+    """Let an alias stand for a version. The endpoint follows within seconds; `rollback` undoes it."""
+    from magicid import adapters
+
+    identity_id, _, version = adapter.partition("@")
+    told_alias(adapters.set_alias(run, identity_id, alias, version, canary_version=canary, canary_share=share), alias)
+
+
+@adapters_app.command("rollback")
+@told_plainly
+def roll_back(run: str = RUN, identity: str = IDENTITY, alias: str = typer.Argument(...)) -> None:
+    """End the canary of an alias if one runs, else let it stand for the version before."""
+    from magicid import adapters
+
+    told_alias(adapters.rollback(run, identity, alias), alias)
+
+
+@adapters_app.command("delete")
+@told_plainly
+def delete_adapters(
+    run: str = RUN,
+    adapter: str = ADAPTER,
+    yes: bool = typer.Option(False, "--yes", help="do not ask"),
+) -> None:
+    """Remove one version for good, or with IDENTITY alone all versions and aliases."""
+    from magicid import adapters
+
+    identity_id, _, version = adapter.partition("@")
+    if not yes:
+        typer.confirm(f"Remove {adapter if version else f'all adapters of {identity_id}'} from {run}?", abort=True)
+    for removed in adapters.delete(run, identity_id, version or None):
+        typer.echo(f"removed {identity_id}@{removed}")
+
+
+@app.command()
+@told_plainly
+def provenance(
+    file: str = typer.Argument(..., help="an MP4, PNG or JPEG, on any fsspec URL"),
+    root: str | None = typer.Option(None, help="PEM file of the root certificate that the signer must have"),
+) -> None:
+    """Say what a clip says of its origin. Exit code 0: valid, 1: changed or of another signer, 3: says nothing."""
+    from magicid import storage
+    from magicid.provenance import INVALID, NONE, read
+
+    found = read(storage.read_bytes(file), storage.read_bytes(root) if root else None)
+    foreign = root is not None and found.state != NONE and not found.trusted
+    typer.echo(found.state if found.state != INVALID else "not valid")
+    if found.state != NONE:
+        trust = (
+            "trusted" if found.trusted else f"not signed under {root}" if foreign else "anybody: give --root to check"
+        )
+        rows = [["signed by", f"{found.signed_by or 'unknown'} ({trust})"]]
+        rows += [["made by AI", "yes" if found.ai_generated else "not said"]]
+        if found.claim:
+            claim = found.claim
+            rows += [["generator", claim.generator or ""], ["base model", f"{claim.base} {claim.base_sha256}"]]
+            rows += [["adapter", claim.adapter_version or "none"], ["created", claim.created]]
+        show(["", ""], rows)
+    for problem in found.problems:
+        typer.echo(problem)
+    if found.state == NONE:
+        raise typer.Exit(NO_PROVENANCE)
+    if found.state == INVALID or foreign:
+        raise typer.Exit(NOT_VALID)
 
 
 @app.command()
@@ -235,11 +318,13 @@ class Adapter:
 
 def published(run: str) -> list[Adapter]:
     """Every adapter folder of a run, damaged or not, by identity, oldest first. Raises AdapterError for none at all."""
-    from magicid import storage
+    from magicid import adapters, storage
     from magicid.errors import AdapterError, StorageError
 
     found = []
-    for location in sorted({file.rsplit("/", 1)[0] for file in storage.list_files(storage.join(run, "adapters"))}):
+    files = storage.list_files(storage.join(run, "adapters"))
+    aliases = f"/{adapters.ALIASES_NAME}"
+    for location in sorted({file.rsplit("/", 1)[0] for file in files if not file.endswith(aliases)}):
         try:
             manifest = storage.read_json(storage.join(location, "manifest.json"))
         except StorageError:  # `verify` says why
@@ -251,6 +336,29 @@ def published(run: str) -> list[Adapter]:
             f"run {run} has no published adapter", "let the run finish; `magicid report` shows how far it came"
         )
     return sorted(found, key=lambda adapter: (adapter.identity_id, adapter.created, adapter.version))
+
+
+def alias_names(run: str, identity_id: str) -> dict[str, list[str]]:
+    """Version -> the aliases that stand for it. A file that is damaged is said, once, and hides no adapter."""
+    from magicid import adapters
+    from magicid.errors import AdapterError
+
+    named: dict[str, list[str]] = {}
+    try:
+        for name, alias in sorted(adapters.aliases(run, identity_id).items()):
+            named.setdefault(alias.version, []).append(name)
+            if alias.canary_version is not None:
+                named.setdefault(alias.canary_version, []).append(f"{name} canary {alias.canary_share:.0%}")
+    except AdapterError as error:
+        typer.echo(f"warning {error}", err=True)
+    return named
+
+
+def told_alias(alias: Alias, name: str) -> None:
+    """Print what an alias stands for now."""
+    canary = f", {alias.canary_version} for {alias.canary_share:.0%} of the requests" if alias.canary_version else ""
+    past = f"; before: {alias.previous[-1]}" if alias.previous else ""
+    typer.echo(f"{name} is {alias.version}{canary}{past}")
 
 
 def show(heads: list[str], rows: list[list[str]], styles: dict[str, str] | None = None) -> None:

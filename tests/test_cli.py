@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from magicid import recipe, storage
+from magicid import adapters, recipe, storage
 from magicid.cli import app
+from magicid.clips import encode_mp4
 from magicid.errors import RecipeError
+from magicid.provenance import Claim, Signer, sign
 from tests.report.fake_run import fill
 
 cli = CliRunner()
@@ -58,6 +62,87 @@ def test_a_damaged_adapter_is_found(tmp_path: Path) -> None:
     assert "truncated or corrupt" in result.output
     weights.unlink()
     assert cli.invoke(app, ["adapters", "verify", run], env=WIDE).exit_code == 1
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> list[str]:
+    """Three versions of ada and one of bruno in `tmp_path`; those of ada."""
+    manifest = adapters.AdapterManifest("b" * 64, "c" * 64, rank=1, alpha=1)
+    made = []
+    for seed, person in enumerate(("ada", "ada", "ada", "bruno")):
+        tensor = torch.full((1, 2), float(seed))
+        weights = adapters.to_bytes({"transformer.block.to_q.lora_A.weight": tensor}, 1, 1.0)
+        made.append(adapters.publish(str(tmp_path), person, weights, manifest).version)
+    return made[:3]
+
+
+def test_an_alias_is_set_listed_and_rolled_back(tmp_path: Path, versions: list[str]) -> None:
+    run, (one, two, three) = str(tmp_path), versions
+    said = cli.invoke(app, ["adapters", "alias", run, f"ada@{one}", "prod"])
+    assert (said.exit_code, said.output) == (0, f"prod is {one}\n")
+    cli.invoke(app, ["adapters", "alias", run, f"ada@{two}", "prod"])
+    said = cli.invoke(app, ["adapters", "alias", run, f"ada@{two}", "prod", "--canary", three, "--share", "0.1"])
+    assert said.output == f"prod is {two}, {three} for 10% of the requests; before: {one}\n"
+    listed = cli.invoke(app, ["adapters", "list", run], env=WIDE).output.splitlines()
+    named = {line.split()[1]: line.split("bbbbbbbbbbbb")[1].strip() for line in listed[1:]}
+    assert len(named) == 4
+    assert (named[one], named[two], named[three]) == ("", "prod", "prod canary 10%")
+    assert cli.invoke(app, ["adapters", "rollback", run, "ada", "prod"]).output == f"prod is {two}; before: {one}\n"
+    assert cli.invoke(app, ["adapters", "rollback", run, "ada", "prod"]).output == f"prod is {one}\n"
+    assert cli.invoke(app, ["adapters", "verify", run], env=WIDE).exit_code == 0
+
+
+def test_adapters_are_deleted_after_a_question(tmp_path: Path, versions: list[str]) -> None:
+    run, (one, two, _) = str(tmp_path), versions
+    cli.invoke(app, ["adapters", "alias", run, f"ada@{one}", "prod"])
+    refused = cli.invoke(app, ["adapters", "delete", run, f"ada@{one}", "--yes"])
+    assert refused.exit_code == 2
+    assert "in use as prod" in refused.stderr
+    assert cli.invoke(app, ["adapters", "delete", run, "ada"], input="n\n").exit_code == 1
+    assert len(adapters.list_versions(run, "ada")) == 3
+    assert cli.invoke(app, ["adapters", "delete", run, f"ada@{two}", "--yes"]).output == f"removed ada@{two}\n"
+    gone = cli.invoke(app, ["adapters", "delete", run, "ada"], input="y\n")
+    assert "all adapters of ada" in gone.output
+    assert gone.output.count("removed ada@") == 2
+    assert adapters.list_identities(run) == ["bruno"]
+
+
+def test_damaged_aliases_are_said_and_hide_no_adapter(tmp_path: Path, versions: list[str]) -> None:
+    (tmp_path / "adapters" / "ada" / "aliases.json").write_text("{")
+    listed = cli.invoke(app, ["adapters", "list", str(tmp_path)], env=WIDE)
+    assert listed.exit_code == 0
+    assert all(version in listed.stdout for version in versions)
+    assert listed.stderr.startswith("warning ")
+    assert "aliases.json is damaged" in listed.stderr
+
+
+def test_provenance_of_a_clip_is_told_with_an_exit_code(tmp_path: Path) -> None:
+    plain, marked, changed, root = (str(tmp_path / name) for name in ("a.mp4", "b.mp4", "c.mp4", "keys/root.pem"))
+    video = encode_mp4(np.random.default_rng(0).integers(0, 255, (3, 48, 48, 3), dtype=np.uint8), 8)
+    claim = Claim("face-world", "b" * 64, "28ae72f7565f", "2026-11-24T10:00:00+00:00")
+    signed = sign(video, claim, Signer.self_made(tmp_path / "keys"))
+    Signer.self_made(tmp_path / "others")
+    Path(plain).write_bytes(video)
+    Path(marked).write_bytes(signed)
+    at = signed.rindex(b"mdat") + 100
+    Path(changed).write_bytes(signed[:at] + bytes([signed[at] ^ 1]) + signed[at + 1 :])
+
+    def told(*arguments: str) -> tuple[int, str]:
+        result = cli.invoke(app, ["provenance", *arguments], env=WIDE)
+        return result.exit_code, result.output
+
+    code, text = told(marked, "--root", root)
+    assert (code, text.splitlines()[0]) == (0, "valid")
+    for part in ("magicid (trusted)", "28ae72f7565f", "face-world", "b" * 64, "2026-11-24T10:00:00+00:00"):
+        assert part in text
+    code, text = told(marked)
+    assert (code, "give --root to check" in text) == (0, True)
+    code, text = told(marked, "--root", str(tmp_path / "others" / "root.pem"))
+    assert (code, "not signed under" in text) == (1, True)
+    code, text = told(changed)
+    assert (code, text.splitlines()[0]) == (1, "not valid")
+    assert told(plain) == (3, "none\n")
+    assert told(str(tmp_path / "nothing.mp4"))[0] == 2
 
 
 def test_the_report_is_built_again(run: str) -> None:

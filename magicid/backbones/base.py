@@ -39,11 +39,12 @@ class VideoBackbone(Protocol):
         """Latents -> uint8 RGB clips (B, F, H, W, 3). Needs the VAE."""
 
     def predict_velocity(
-        self, latents_BCFHW: Tensor, sigma_B: Tensor, text: TextEmbeddings, guidance_scale: float
+        self, latents_BCFHW: Tensor, sigma_B: Tensor, text: TextEmbeddings, guidance_scale: float | Tensor
     ) -> Tensor:
         """The transformer's velocity at noise level sigma (0..1), (B, C, F, H, W), with the adapters now active.
 
-        Differentiable. `guidance_scale` is the embedded guidance; models without one ignore it.
+        Differentiable. `guidance_scale` is the embedded guidance, one for all rows or a tensor (B,); models without
+        one ignore it.
         """
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:

@@ -53,11 +53,13 @@ class HunyuanBackbone(PipelineBackbone):
     def _to_vae_scale(self, latents_BCFHW: Tensor) -> Tensor:
         return latents_BCFHW / self._config("vae")["scaling_factor"]
 
-    def _velocity_inputs(self, text: TextEmbeddings, guidance_scale: float, latents: Tensor) -> dict[str, Tensor]:
+    def _velocity_inputs(
+        self, text: TextEmbeddings, guidance_scale: float | Tensor, latents: Tensor
+    ) -> dict[str, Tensor]:
         inputs = super()._velocity_inputs(text, guidance_scale, latents)
         if self._config("transformer")["guidance_embeds"]:
-            guidance = torch.full((len(latents),), guidance_scale, device=latents.device, dtype=self.transformer.dtype)
-            inputs["guidance"] = 1000 * guidance
+            guidance = torch.as_tensor(guidance_scale, device=latents.device, dtype=self.transformer.dtype)
+            inputs["guidance"] = 1000 * guidance.expand(len(latents))
         return inputs
 
     def _call_arguments(self, text: TextEmbeddings) -> dict[str, Any]:

@@ -192,11 +192,12 @@ class PipelineBackbone:
         raise NotImplementedError(f"{type(self).__name__} must scale latents")
 
     def predict_velocity(
-        self, latents_BCFHW: Tensor, sigma_B: Tensor, text: TextEmbeddings, guidance_scale: float
+        self, latents_BCFHW: Tensor, sigma_B: Tensor, text: TextEmbeddings, guidance_scale: float | Tensor
     ) -> Tensor:
         """The transformer's velocity at sigma (0..1), float32 (B, C, F, H, W), with the adapters now active.
 
-        Differentiable. The timestep is 1000 sigma; `guidance_scale` is the embedded guidance, ignored without one.
+        Differentiable. The timestep is 1000 sigma; `guidance_scale` is the embedded guidance, one for all rows or a
+        tensor (B,), ignored by models without one.
         """
         transformer = self.transformer
         inputs = self._velocity_inputs(text, guidance_scale, latents_BCFHW)
@@ -207,7 +208,9 @@ class PipelineBackbone:
             **inputs,
         )[0].float()
 
-    def _velocity_inputs(self, text: TextEmbeddings, guidance_scale: float, latents: Tensor) -> dict[str, Tensor]:
+    def _velocity_inputs(
+        self, text: TextEmbeddings, guidance_scale: float | Tensor, latents: Tensor
+    ) -> dict[str, Tensor]:
         """Text (in the transformer's dtype, on the latents' device) and guidance, as the transformer names them."""
         dtype = self.transformer.dtype
         return {name: t.to(latents.device, dtype) for name, t in text.items() if not name.startswith(_NEGATIVE)}

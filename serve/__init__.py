@@ -1,0 +1,1 @@
+"""The online door: every published adapter behind one address, on Ray Serve."""

@@ -1,0 +1,127 @@
+"""What every request passes first and every answer last: limits on headers and body, the request id, the log line.
+
+An ASGI middleware, so that a body is counted while it arrives and an oversized or slow one is never held in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.api_errors import ApiError, from_exception, report
+
+_log = logging.getLogger("magicid.serve")
+
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 16 << 10
+BODY_S = 20.0  # a whole body must have arrived after this; a prompt needs one packet
+
+_EVERYWHERE = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+_PRIVATE = "no-store"  # answers depend on the key
+
+
+class Guard:
+    """Wraps the app. `scope["state"]["request_id"]` is set for the routes, `["tenant"]` is read for the log.
+
+    Args:
+        max_body_bytes: a longer body is refused with 413.
+        body_s: a body that takes longer to arrive is refused with 408.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, body_s: float) -> None:
+        self._app, self._max_body_bytes, self._body_s = app, max_body_bytes, body_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection event; anything but HTTP goes straight on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # Made here and never taken from the client: it is what records and audit log are searched by.
+        request_id = f"req_{uuid.uuid4().hex}"
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        started, status = time.monotonic(), 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                for name, value in _EVERYWHERE.items():
+                    headers.setdefault(name, value)
+                headers.setdefault("Cache-Control", _PRIVATE)
+            await send(message)
+
+        try:
+            _check_headers(scope, self._max_body_bytes)
+            await self._app(scope, self._limited(receive), answer)
+        except Exception as error:
+            answered = from_exception(error)
+            if answered.status >= 500:
+                report(error, request_id)
+            if status:  # the answer had begun: nothing true can be said but that it ends here
+                raise ConnectionError(f"{request_id} failed while it was answered") from None
+            await answered.response()(scope, receive, answer)
+        finally:
+            route = getattr(scope.get("route"), "path", "-")  # the template: a path may hold anything
+            took_ms = 1000 * (time.monotonic() - started)
+            tenant = state.get("tenant", "-")
+            _log.info("%s %s %d %.0f ms tenant=%s %s", scope["method"], route, status, took_ms, tenant, request_id)
+
+    def _limited(self, receive: Receive) -> Receive:
+        """`receive`, refusing a body that is too long or too slow."""
+        seen, whole = 0, False
+        deadline: float | None = None
+
+        async def limited() -> Message:
+            nonlocal seen, whole, deadline
+            if whole:  # what comes now is the news that the client left
+                return await receive()
+            loop = asyncio.get_running_loop()
+            deadline = deadline or loop.time() + self._body_s
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise _last(408, "request_timeout", f"the body did not arrive within {self._body_s:g} s") from None
+            seen += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if seen > self._max_body_bytes:
+                raise _too_large(self._max_body_bytes)
+            return message
+
+        return limited
+
+
+def _check_headers(scope: Scope, max_body_bytes: int) -> None:
+    """Refuse what no client of this API sends. Raises ApiError."""
+    raw = scope["headers"]
+    if len(raw) > MAX_HEADERS or sum(len(name) + len(value) for name, value in raw) > MAX_HEADER_BYTES:
+        raise _last(431, "headers_too_large", f"at most {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes in all")
+    headers = Headers(scope=scope)
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise _last(415, "unsupported_encoding", "send the body without Content-Encoding")
+    length = headers.get("content-length", "0")
+    if not length.isascii() or not length.isdigit():
+        raise _last(400, "invalid_value", "Content-Length must be a number of bytes")
+    if len(length) > len(str(max_body_bytes)) or int(length) > max_body_bytes:
+        raise _too_large(max_body_bytes)
+
+
+def _too_large(limit: int) -> ApiError:
+    return _last(413, "body_too_large", f"the body is larger than {limit} bytes: shorten the prompt")
+
+
+def _last(status: int, code: str, message: str) -> ApiError:
+    """An error after which the connection is closed: the rest of the body is not read."""
+    return ApiError(status, code, message, headers={"Connection": "close"})

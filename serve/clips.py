@@ -1,0 +1,126 @@
+"""Finished videos on storage: their bytes in parts, a thumbnail, a spritesheet, and their removal.
+
+Pictures are made from the video when they are asked for and kept nowhere, so a deleted video leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import threading
+from collections.abc import Iterator
+
+import av
+import numpy as np
+from PIL import Image
+
+from magicid.errors import StorageError
+from magicid.storage import file_size, join, open_fs, public_name, remove
+
+MEDIA_TYPES = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
+_CHUNK = 256 << 10
+_TILES = 16  # of a spritesheet, row by row in the order of time
+_COLUMNS = 4
+_TILE_PX = 240  # longer side of a tile
+_THUMBNAIL_PX = 640
+_DECODING = threading.BoundedSemaphore(2)  # decoders in one process: each takes a core and holds frames
+
+
+class Clips:
+    """The videos under one location, by the URIs of their records. Raises StorageError where storage fails."""
+
+    def __init__(self, location: str) -> None:
+        self._location = location
+
+    def size(self, uri: str) -> int:
+        """Bytes of a video."""
+        return file_size(join(self._location, uri))
+
+    def read(self, uri: str, start: int, stop: int) -> Iterator[bytes]:
+        """The bytes [start, stop) in chunks. The file is opened now, so that a missing one is known before."""
+        location = join(self._location, uri)
+        fs, path = open_fs(location)
+        try:
+            file = fs.open(path, "rb")
+        except Exception as error:  # each object store has its own
+            raise StorageError(
+                f"cannot read {public_name(location)}: {type(error).__name__}", "check that it exists and is readable"
+            ) from error
+
+        def chunks() -> Iterator[bytes]:
+            with file:
+                file.seek(start)
+                left = stop - start
+                while left > 0 and (data := file.read(min(_CHUNK, left))):
+                    left -= len(data)
+                    yield data
+
+        return chunks()
+
+    def thumbnail(self, uri: str) -> bytes:
+        """The middle frame as WebP, at most 640 px on its longer side."""
+        return _encoded(self._frames(uri, 1, _THUMBNAIL_PX)[0], "WEBP")
+
+    def spritesheet(self, uri: str) -> bytes:
+        """16 frames over the whole length, fewer where there are fewer, four in a row, as one JPEG."""
+        tiles = self._frames(uri, _TILES, _TILE_PX)
+        width, height = tiles[0].size
+        sheet = Image.new("RGB", (width * min(_COLUMNS, len(tiles)), height * math.ceil(len(tiles) / _COLUMNS)))
+        for number, tile in enumerate(tiles):
+            sheet.paste(tile, (width * (number % _COLUMNS), height * (number // _COLUMNS)))
+        return _encoded(sheet, "JPEG")
+
+    def remove(self, uri: str) -> None:
+        """Remove a video; nothing happens when it is gone already."""
+        remove(join(self._location, uri))
+
+    def _frames(self, uri: str, wanted: int, longest_px: int) -> list[Image.Image]:
+        """Up to `wanted` frames from the middles of equal parts of the video, scaled down to `longest_px`."""
+        data = b"".join(self.read(uri, 0, self.size(uri)))
+        try:
+            with _DECODING, av.open(io.BytesIO(data), "r") as container:
+                stream = container.streams.video[0]
+                count = stream.frames
+                wanted = min(wanted, count)
+                chosen = {int((number + 0.5) * count / wanted) for number in range(wanted)}
+                return [
+                    _scaled(frame, longest_px)
+                    for number, frame in enumerate(container.decode(stream))
+                    if number in chosen
+                ]
+        except (av.FFmpegError, IndexError, ZeroDivisionError) as error:
+            raise StorageError(f"the video {uri} cannot be decoded: {type(error).__name__}", "make it again") from error
+
+
+def parse_range(header: str, size: int) -> tuple[int, int] | None:
+    """The byte range [start, stop) that a Range header asks of `size` bytes.
+
+    None: the whole, because the header is none of `bytes`, is malformed, or asks for several ranges (RFC 9110 lets a
+    server ignore these). Raises ValueError: a range outside the file.
+    """
+    unit, _, value = header.partition("=")
+    first, dash, last = value.strip().partition("-")
+    digits = first + last
+    if unit.strip().lower() != "bytes" or not dash or not digits.isascii() or not digits.isdigit() or len(digits) > 36:
+        return None
+    if not first:
+        start, stop = max(0, size - int(last)), size
+    else:
+        start, stop = int(first), min(size, int(last) + 1 if last else size)
+        if last and int(last) < start:
+            return None
+    if start >= size or start >= stop:
+        raise ValueError(f"bytes {start}-{stop} of {size}")
+    return start, stop
+
+
+def _scaled(frame: av.VideoFrame, longest_px: int) -> Image.Image:
+    image = Image.fromarray(np.asarray(frame.to_ndarray(format="rgb24")))
+    image.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
+    return image
+
+
+def _encoded(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=90)
+    return buffer.getvalue()

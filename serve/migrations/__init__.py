@@ -1,0 +1,1 @@
+"""Alembic migrations of the endpoint's records; run by `Database.migrate`."""

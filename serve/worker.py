@@ -1,0 +1,262 @@
+"""One replica's work: claimed jobs become rows of the engine's batch, and finished rows become clips on storage.
+
+Three kinds of thread, so that none waits for another: the loop denoises, one encodes and writes, one renews leases.
+The database is the truth: whatever this process believes, a record is written only with the fence of its claim.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from magicid.backbones.mixed_lora import LoraWeights
+from magicid.errors import MagicIDError
+from serve.adapter_cache import AdapterCache, CacheFull
+from serve.engine import Engine, Sample
+from serve.jobs import JobStore
+from serve.schema import CANCELLED, Job
+
+_log = logging.getLogger("magicid.serve")
+_SAMPLED = 99  # per cent: all steps are done, the clip is not stored yet
+
+
+class Metrics(Protocol):
+    """Where the worker's figures go; `serve.metrics.EngineMetrics` exports them."""
+
+    def step(self, seconds: float, rows: int, identities: int) -> None:
+        """One denoising step of the batch."""
+
+    def ended(self, outcome: str, wait_s: float, run_s: float) -> None:
+        """One job left: `completed`, an error code, or `lost`."""
+
+    def cache(self, cache: AdapterCache) -> None:
+        """The adapter cache after a change."""
+
+
+@dataclass
+class _Claim:
+    """A job this worker holds, until its future says how it ended."""
+
+    job: Job
+    lora: LoraWeights | None = None
+    done: Future[str] = field(default_factory=Future)
+    began: float = field(default_factory=time.monotonic)
+    percent: int = 0
+
+
+class Worker:
+    """Claims jobs and makes their videos. `start` it, call `take` for each video wanted, `stop` it.
+
+    Args:
+        name: unique among all workers of the database.
+        write: makes and stores the clip of a job from frames uint8 (F, H, W, 3); returns (uri, sha256).
+        base_sha256: hash of the base model.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        cache: AdapterCache,
+        jobs: JobStore,
+        write: Callable[[Job, np.ndarray], tuple[str, str]],
+        metrics: Metrics,
+        *,
+        lease_s: float,
+    ) -> None:
+        self.name, self.engine, self.cache, self.jobs = name, engine, cache, jobs
+        self.write, self.metrics, self.lease_s = write, metrics, lease_s
+        self._claims: dict[str, _Claim] = {}
+        self._lock = threading.Lock()
+        self._beating = threading.Lock()
+        self._arrived: queue.Queue[_Claim | None] = queue.Queue()
+        self._stopping, self._freed = threading.Event(), threading.Event()
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finish")
+        self._threads = [threading.Thread(target=t, daemon=True) for t in (self._loop, self._renew)]
+        self.failure: Exception | None = None
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Stop after the step in progress; what is unfinished goes back to the queue."""
+        self._stopping.set()
+        self._arrived.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._finisher.shutdown()
+        self._release_all()
+
+    def take(self) -> Future[str] | None:
+        """Claim the next job and bring its adapter; None when nothing waits. Blocks while an adapter is loaded.
+
+        The future ends with `completed`, an error code, or `lost` when the record went to somebody else.
+        """
+        claimed = self.jobs.claim(self.name, resident=self.cache.resident())
+        if not claimed:
+            return None
+        claim = _Claim(claimed[0])
+        with self._lock:
+            self._claims[claim.job.id] = claim
+        try:
+            claim.lora = self._adapter(claim)
+        except MagicIDError as error:
+            self._fail(claim, "adapter_unusable", error)
+        else:
+            self._arrived.put(claim)
+        return claim.done
+
+    def _adapter(self, claim: _Claim) -> LoraWeights | None:
+        """The claim's adapter, kept in memory until the claim ends. Waits while all room is in use."""
+        location = claim.job.target.location
+        if location is None:
+            return None
+        while True:
+            self._freed.clear()
+            try:
+                lora = self.cache.acquire(location)
+            except CacheFull:
+                if self._stopping.is_set() or claim.done.done():
+                    raise
+                self._freed.wait(self.lease_s)
+            else:
+                self.metrics.cache(self.cache)
+                return lora
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._admit_arrived()
+                if not self.engine.progress():
+                    continue
+                began = time.perf_counter()
+                rows, identities = self._batch()
+                samples = self.engine.step()
+                self.metrics.step(time.perf_counter() - began, rows, identities)
+                self._sampled(samples)
+                self._beat()
+        except Exception as error:  # out of memory, a broken device: this process is of no more use
+            _log.exception("the engine failed; its jobs go back to the queue")
+            self.failure = error
+            self._stopping.set()
+            self._release_all()
+
+    def _admit_arrived(self) -> None:
+        """Take in what has arrived; with an empty batch, wait for it."""
+        block = not self.engine.progress()
+        while True:
+            try:
+                claim = self._arrived.get(block=block)
+            except queue.Empty:
+                return
+            if claim is None or claim.job.id not in self._claims:  # stopping, or lost while its adapter was loaded
+                return
+            block = False
+            try:
+                self.engine.admit(claim.job.id, claim.job.request, claim.lora)
+            except MagicIDError as error:
+                self._fail(claim, "generation_failed", error)
+
+    def _batch(self) -> tuple[int, int]:
+        """Rows in the batch, and how many identities they are of."""
+        with self._lock:
+            active = [self._claims[key].job.target.location for key in self.engine.progress() if key in self._claims]
+        return len(active), len(set(active))
+
+    def _sampled(self, samples: list[Sample]) -> None:
+        """Hand what left the batch to the finisher; the loop goes on with the next step."""
+        ready: list[tuple[_Claim, Tensor]] = []
+        for sample in samples:
+            with self._lock:
+                claim = self._claims.get(sample.key)
+            if claim is None:
+                continue
+            claim.percent = _SAMPLED  # the clip is not written yet
+            if sample.latents is None:
+                self._fail(claim, "generation_failed", sample.error or RuntimeError("no latents and no reason"))
+            else:
+                ready.append((claim, sample.latents))
+        if ready:
+            self._finisher.submit(self._finish, ready)
+
+    def _finish(self, ready: list[tuple[_Claim, Tensor]]) -> None:
+        """Decode, encode, sign, store, and only then tell the record; one that went to another keeps the other's."""
+        try:
+            clips = self.engine.decode_all([(latents, claim.job.request) for claim, latents in ready])
+        except Exception as error:
+            for claim, _ in ready:
+                self._fail(claim, "generation_failed", error)
+            return
+        for (claim, _), frames in zip(ready, clips):
+            try:
+                uri, digest = self.write(claim.job, frames)
+                kept = self.jobs.complete(claim.job.id, claim.job.fence, video_uri=uri, video_sha256=digest)
+                self._end(claim, "completed" if kept else "lost")
+            except Exception as error:
+                self._fail(claim, "storage_failed", error)
+
+    # ---- leases --------------------------------------------------------------------------------------------------
+
+    def _renew(self) -> None:
+        """Renew leases also while the loop is busy with a long step or a decode."""
+        while not self._stopping.wait(self.lease_s / 4):
+            try:
+                self._beat()
+            except Exception as error:  # the database may come back before the leases lapse
+                _log.warning("leases could not be renewed: %s", type(error).__name__)
+
+    def _beat(self) -> None:
+        """Tell progress, renew leases, and drop what was cancelled or went to another worker."""
+        with self._beating:
+            progress = self.engine.progress()
+            with self._lock:
+                held = dict(self._claims)
+            for key, claim in held.items():
+                claim.percent = max(claim.percent, min(_SAMPLED, progress.get(key, 0)))
+            if not held:
+                return
+            told = {key: (claim.job.fence, claim.percent) for key, claim in held.items()}
+            for key in self.jobs.heartbeat(self.name, told):
+                self.engine.drop(key)
+                ours = self.jobs.fail(key, held[key].job.fence, CANCELLED, "cancelled on request")
+                self._end(held[key], CANCELLED if ours else "lost")
+
+    # ---- ends ----------------------------------------------------------------------------------------------------
+
+    def _fail(self, claim: _Claim, code: str, error: Exception) -> None:
+        _log.warning("job %s failed: %s: %s", claim.job.id, code, error)
+        try:  # the client is told the code's meaning: what went wrong names folders
+            self.jobs.fail(claim.job.id, claim.job.fence, code, "")
+        finally:  # where the records cannot be reached, the lease lapses and the job is tried again
+            self._end(claim, code)
+
+    def _end(self, claim: _Claim, outcome: str) -> None:
+        with self._lock:
+            if self._claims.pop(claim.job.id, None) is None:
+                return
+        if claim.lora is not None:
+            self.cache.release(str(claim.job.target.location))
+            self._freed.set()
+        waited = max(0.0, (claim.job.started_at or claim.job.created_at) - claim.job.created_at)
+        self.metrics.ended(outcome, waited, time.monotonic() - claim.began)
+        claim.done.set_result(outcome)
+
+    def _release_all(self) -> None:
+        with self._lock:
+            held = list(self._claims.values())
+        for claim in held:
+            self.jobs.release(claim.job.id, claim.job.fence)
+            self._end(claim, "lost")
