@@ -39,6 +39,10 @@ class ClipWriter:
         uri = f"{job.id[-2:]}/{job.id}-{job.fence}.mp4"
         return uri, storage.write_bytes(storage.join(self.settings.clips_location, uri), video)
 
+    def remove(self, uri: str) -> None:
+        """Remove a clip that nobody wants any more. Raises StorageError."""
+        storage.remove(storage.join(self.settings.clips_location, uri))
+
 
 def open_signer(settings: ServeSettings) -> Signer:
     """The user's certificate where the settings name one, else one made once and kept with the records."""

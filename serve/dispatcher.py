@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from magicid import storage
+from magicid.errors import StorageError
 from serve.jobs import JobStore
 from serve.settings import ServeSettings
 
@@ -88,10 +89,16 @@ class Dispatcher:
             _log.warning("job %s lost its worker: now %s, attempt %d", job.id, job.status, job.attempt)
 
     def expire(self) -> None:
-        """Videos past their time are removed."""
+        """Videos past their time are removed: first the file, so that none is left that no record names."""
+        gone = []
         for job in self.jobs.expired():
-            if job.video_uri is not None:
-                storage.remove(storage.join(self.settings.clips_location, job.video_uri))
+            try:
+                if job.video_uri is not None:
+                    storage.remove(storage.join(self.settings.clips_location, job.video_uri))
+                gone.append(job.id)
+            except StorageError as error:
+                _log.warning("video %s is past its time and stays: %s", job.id, error)
+        self.jobs.forget(gone)
 
     def _learn(self, task: asyncio.Task[dict[str, Any]]) -> None:
         if task.cancelled():

@@ -171,13 +171,12 @@ class JobStore:
         """Take the next jobs in the fair order, at most `limit`; each is given to one worker only.
 
         Args:
-            resident: adapter locations that the worker holds; a job with one of these may pass those that are up to
-                one video's steps before it, so that nobody waits for ever.
+            resident: adapter locations that the worker holds; a job with one of these passes those less than its own
+                steps before it, so that nobody waits for ever.
         """
         now = self._clock()
-        near = jobs.c.location.in_(resident)
-        ahead = jobs.c.start_tag - sa.case((near, jobs.c.steps), else_=0)
-        order = (ahead, sa.case((near, 0), else_=1), *FAIR_ORDER[1:]) if resident else FAIR_ORDER
+        ahead = jobs.c.start_tag - sa.case((jobs.c.location.in_(resident), jobs.c.steps), else_=0)
+        order = (ahead, *FAIR_ORDER) if resident else FAIR_ORDER
         query = sa.select(jobs.c.id, jobs.c.tenant, jobs.c.start_tag, jobs.c.finish_tag)
         query = query.where(jobs.c.status == QUEUED).order_by(*order).limit(limit).with_for_update(skip_locked=True)
         with self._database.session() as connection:
@@ -272,11 +271,16 @@ class JobStore:
             remove(connection, [row["id"]])
             return to_job(row)
 
-    def expired(self) -> Jobs:
-        """Remove the finished records whose time is over; their files are the caller's to remove."""
+    def expired(self, limit: int = 100) -> Jobs:
+        """Finished records whose time is over. Remove their files, then `forget` them: none is left behind."""
+        with self._database.reading() as connection:
+            query = sa.select(jobs).where(jobs.c.expires_at < self._clock()).order_by(jobs.c.expires_at).limit(limit)
+            return [to_job(row) for row in rows(connection, query)]
+
+    def forget(self, ids: Collection[str]) -> None:
+        """Remove finished records whose files are gone."""
         with self._database.session() as connection:
-            delete = sa.delete(jobs).where(jobs.c.expires_at < self._clock())
-            return [to_job(row) for row in rows(connection, delete.returning(jobs))]
+            remove(connection, list(ids))
 
     def open_work(self) -> OpenWork:
         """How much is not finished."""

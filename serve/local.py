@@ -76,7 +76,8 @@ def serve_until_interrupted(values: dict[str, str], port: int, ready: Callable[[
 
     from serve.app import app
 
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not os.environ.get("RAY_ADDRESS"):
         ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     serve.start(http_options={"host": HOST, "port": port}, logging_config={"log_level": "WARNING"})

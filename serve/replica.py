@@ -44,7 +44,7 @@ class EngineReplica:
             engine,
             AdapterCache(load, self.settings.cache_bytes),
             open_jobs(self.settings),
-            ClipWriter(self.settings, backbone.base_sha256).write,
+            ClipWriter(self.settings, backbone.base_sha256),
             EngineMetrics(),
             lease_s=self.settings.lease_s,
         )

@@ -10,7 +10,6 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -18,8 +17,10 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from magicid import adapters
 from magicid.backbones.mixed_lora import LoraWeights
-from magicid.errors import MagicIDError
+from magicid.errors import AdapterError, MagicIDError
+from magicid.storage import exists, join
 from serve.adapter_cache import AdapterCache, CacheFull
 from serve.engine import Engine, Sample
 from serve.jobs import JobStore
@@ -42,6 +43,16 @@ class Metrics(Protocol):
         """The adapter cache after a change."""
 
 
+class ClipStore(Protocol):
+    """Where finished videos go; `serve.clip_writer.ClipWriter` keeps them."""
+
+    def write(self, job: Job, frames: np.ndarray) -> tuple[str, str]:
+        """Store the clip of a job from frames uint8 (F, H, W, 3); returns its URI and SHA-256."""
+
+    def remove(self, uri: str) -> None:
+        """Remove a clip that nobody wants any more."""
+
+
 @dataclass
 class _Claim:
     """A job this worker holds, until its future says how it ended."""
@@ -58,8 +69,8 @@ class Worker:
 
     Args:
         name: unique among all workers of the database.
-        write: makes and stores the clip of a job from frames uint8 (F, H, W, 3); returns (uri, sha256).
-        base_sha256: hash of the base model.
+        clips: where finished videos go.
+        lease_s: a claim lapses when it is not renewed for this long.
     """
 
     def __init__(
@@ -68,13 +79,13 @@ class Worker:
         engine: Engine,
         cache: AdapterCache,
         jobs: JobStore,
-        write: Callable[[Job, np.ndarray], tuple[str, str]],
+        clips: ClipStore,
         metrics: Metrics,
         *,
         lease_s: float,
     ) -> None:
         self.name, self.engine, self.cache, self.jobs = name, engine, cache, jobs
-        self.write, self.metrics, self.lease_s = write, metrics, lease_s
+        self.clips, self.metrics, self.lease_s = clips, metrics, lease_s
         self._claims: dict[str, _Claim] = {}
         self._lock = threading.Lock()
         self._beating = threading.Lock()
@@ -122,6 +133,8 @@ class Worker:
         location = claim.job.target.location
         if location is None:
             return None
+        if not exists(join(location, adapters.MANIFEST_NAME)):  # one in memory may have been deleted since
+            raise AdapterError("the adapter is there no more", "choose another version")
         while True:
             self._freed.clear()
             try:
@@ -202,8 +215,10 @@ class Worker:
             return
         for (claim, _), frames in zip(ready, clips):
             try:
-                uri, digest = self.write(claim.job, frames)
+                uri, digest = self.clips.write(claim.job, frames)
                 kept = self.jobs.complete(claim.job.id, claim.job.fence, video_uri=uri, video_sha256=digest)
+                if not kept:  # deleted or cancelled meanwhile, or another worker's by now
+                    self.clips.remove(uri)
                 self._end(claim, "completed" if kept else "lost")
             except Exception as error:
                 self._fail(claim, "storage_failed", error)

@@ -428,8 +428,10 @@ def test_too_much_is_answered_with_a_time_to_come_back(tmp_path: Path) -> None:
 
 def test_a_deleted_person_leaves_nothing(tmp_path: Path) -> None:
     filled = fill(str(tmp_path / "run"), ("ada", "bruno"), takes=2)
-    for row in (*filled.read_parts("scored", ScoredClip), *filled.read_parts("evaluation", MetricRow)):
-        storage.write_bytes(filled.path(clip_uri(row.clip_id, ".safetensors")), b"latents")
+    clip_ids = [row.clip_id for row in filled.read_parts("scored", ScoredClip)]
+    clip_ids += [row.clip_id for row in filled.read_parts("evaluation", MetricRow)]
+    for clip_id in clip_ids:
+        storage.write_bytes(filled.path(clip_uri(clip_id, ".safetensors")), b"latents")
     storage.remove(tmp_path / "run" / "adapters")  # theirs are of another owner
     endpoint = Endpoint(tmp_path)
     run = tmp_path / "run"

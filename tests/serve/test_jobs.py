@@ -405,7 +405,10 @@ def test_records_expire_after_their_time(store: JobStore, clock: Clock) -> None:
     clock.now += 600
     assert store.expired() == []
     clock.now += 1
-    assert [(job.id, job.video_uri) for job in store.expired()] == [(done.id, "clips/1.mp4")]
+    over = store.expired()
+    assert [(job.id, job.video_uri) for job in over] == [(done.id, "clips/1.mp4")]
+    assert store.expired() == over  # until their files are gone
+    store.forget([done.id])
     assert store.expired() == []
     assert store.list(None) == ([waiting], False)
 
@@ -586,6 +589,24 @@ def test_of_equal_rights_a_resident_adapter_comes_first(store: JobStore, clock: 
         clock.now += 1
     taken = [store.claim("w", resident={"near"})[0].id for _ in made]
     assert taken == [made[1], made[2], made[0], made[3]]
+
+
+def test_a_resident_adapter_passes_others_by_one_video_at_most(store: JobStore, clock: Clock) -> None:
+    far = [make(store, "a", target=replace(ADA, location="far")).id for _ in range(2)]
+    clock.now += 1
+    near = [make(store, "b", target=replace(ADA, location="near")).id for _ in range(3)]
+    # start tags: far 0, 10; near 0, 10, 20, of which a claim takes 10 off: -10, 0, 10; the lower tag where equal
+    taken = [store.claim("w", resident={"near"})[0].id for _ in range(5)]
+    assert taken == [near[0], far[0], near[1], far[1], near[2]]
+
+
+def test_a_failed_video_is_not_the_answer_to_asking_again(store: JobStore) -> None:
+    first = make(store, dedupe_key="k")
+    store.cancel(first.id, "t")
+    assert make(store, dedupe_key="k").id != first.id
+    chosen = make(store, dedupe_key="mine", dedupe_s=math.inf)
+    store.cancel(chosen.id, "t")
+    assert make(store, dedupe_key="mine", dedupe_s=math.inf).id == chosen.id
 
 
 def test_thousands_of_open_videos_do_not_slow_the_queue_down(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""The operator's commands act on the records that the endpoint uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from serve.admin import app
+from serve.parts import open_tenants
+from serve.settings import ServeSettings
+
+
+def test_a_tenant_is_added_used_granted_and_removed(tmp_path: Path) -> None:
+    setting, run = f"data={tmp_path}", CliRunner().invoke
+    added = run(app, ["add", "team-a", setting, "--weight", "2", "--max-open", "7"])
+    assert added.exit_code == 0, added.output
+    key = added.output.strip()
+    store = open_tenants(ServeSettings(data=str(tmp_path)))
+    tenant = store.authenticate(key)
+    assert tenant is not None
+    assert (tenant.name, tenant.weight, tenant.max_open, tenant.admin) == ("team-a", 2.0, 7, False)
+
+    assert run(app, ["grant", "team-a", "bruno", setting]).exit_code == 0
+    granted = store.authenticate(key)
+    assert granted is not None
+    assert granted.grants == {"bruno"}
+    listed = run(app, ["tenants", setting]).output
+    assert "team-a" in listed
+    assert "bruno" in listed
+    assert key not in listed
+
+    assert run(app, ["revoke", "team-a", "bruno", setting]).exit_code == 0
+    assert run(app, ["remove", "team-a", setting]).exit_code == 0
+    assert store.authenticate(key) is None
+    told = run(app, ["audit", setting, "--subject", "team-a"]).output.splitlines()
+    assert [line.split()[1] for line in told] == ["tenant.add", "tenant.grant", "tenant.revoke", "tenant.remove"]
+    assert key not in "".join(told)
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    unknown = CliRunner().invoke(app, ["remove", "nobody", f"data={tmp_path}"])
+    assert unknown.exit_code == 2
+    assert "no tenant 'nobody'" in unknown.output
+    wrong = CliRunner().invoke(app, ["tenants", "dta=x"])
+    assert wrong.exit_code == 2
+    assert "endpoint setting dta" in wrong.output
