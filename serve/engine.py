@@ -7,7 +7,6 @@ diffusers pipeline would make of it: the same noise, the same scheduler, the sam
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
@@ -88,13 +87,12 @@ class Engine:
 
     @torch.inference_mode()
     def _make_row(self, key: str, request: VideoRequest, lora: LoraWeights | None) -> _Row:
-        backbone = self._with_sampling(request)
-        backbone._check_sizes()
+        backbone = self._backbone.with_sampling(**_sampling(request))  # it keeps no prompts: there is no end of them
         text = backbone.encode_prompts([request.prompt])
         text = {name: tensor.to(backbone.device, backbone.transformer.dtype) for name, tensor in text.items()}
         generator = torch.Generator().manual_seed(request.seed)
         noise = torch.randn((1, *backbone.latent_shape()), generator=generator)
-        arguments = backbone._call_arguments({})
+        arguments = backbone.call_arguments({})
         return _Row(
             key,
             lora and lora.scaled(request.lora_scale),
@@ -106,19 +104,6 @@ class Engine:
             noise.to(backbone.device),
             request.steps,
         )
-
-    def _with_sampling(self, request: VideoRequest) -> PipelineBackbone:
-        """The same model under the request's sampling settings. It keeps no prompts: there is no end of them."""
-        changes: dict[str, Any] = {
-            name: getattr(request, name) for name in ("frames", "height", "width", "fps", "steps", "guidance_scale")
-        }
-        if request.negative_prompt is not None:
-            changes["negative_prompt"] = request.negative_prompt
-        backbone = copy.copy(self._backbone)
-        sampling = backbone.recipe.sampling.model_copy(update=changes)
-        backbone.recipe = backbone.recipe.model_copy(update={"sampling": sampling})
-        backbone._texts = {}
-        return backbone
 
     @torch.inference_mode()
     def step(self) -> list[Sample]:
@@ -212,9 +197,18 @@ class Engine:
         return [videos[number] for number in range(len(finished))]
 
 
+def _sampling(request: VideoRequest) -> dict[str, Any]:
+    """The request's sampling settings, in the recipe's names."""
+    names = ("frames", "height", "width", "fps", "steps", "guidance_scale")
+    changes = {name: getattr(request, name) for name in names}
+    if request.negative_prompt is not None:
+        changes["negative_prompt"] = request.negative_prompt
+    return changes
+
+
 def _scheduler(backbone: PipelineBackbone, steps: int) -> Any:
     """A scheduler of a row's own, set as the pipeline sets it."""
-    scheduler = backbone._scheduler()
+    scheduler = backbone.new_scheduler()
     if backbone.recipe.backbone.kind == "hunyuan":  # its pipeline names its own noise levels, before the shift
         scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])
     else:

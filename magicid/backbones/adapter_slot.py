@@ -28,7 +28,7 @@ def load(transformer: Any, lora_state: dict[str, Tensor] | None, name: str, alph
         if getattr(transformer, "peft_config", None):
             transformer.disable_adapters()
         return
-    rank = _check(transformer, lora_state)
+    rank = check(transformer, lora_state)
     held = _parameters(transformer, name)
     same_alpha = held and transformer.peft_config[name].lora_alpha == alpha
     if same_alpha and {key: p.shape for key, p in held.items()} == {key: t.shape for key, t in lora_state.items()}:
@@ -38,7 +38,7 @@ def load(transformer: Any, lora_state: dict[str, Tensor] | None, name: str, alph
     else:
         if held:
             transformer.delete_adapters(name)
-        modules = sorted({_module(key) for key in lora_state})
+        modules = sorted({module_name(key) for key in lora_state})
         config = {"r": rank, "lora_alpha": alpha, "target_modules": modules}
         transformer.load_lora_adapter(
             dict(lora_state), adapter_name=name, metadata={f"{_PREFIX}{key}": value for key, value in config.items()}
@@ -49,7 +49,8 @@ def load(transformer: Any, lora_state: dict[str, Tensor] | None, name: str, alph
         parameter.requires_grad_(False)
 
 
-def _module(key: str) -> str:
+def module_name(key: str) -> str:
+    """The module that a published tensor adapts."""
     return key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0]
 
 
@@ -65,13 +66,13 @@ def _parameters(transformer: Any, name: str) -> dict[str, Tensor]:
     return found
 
 
-def _check(transformer: Any, lora_state: dict[str, Tensor]) -> int:
-    """The rank of a LoRA that fits; AdapterError otherwise."""
+def check(transformer: Any, lora_state: dict[str, Tensor]) -> int:
+    """The rank of a LoRA, in published names, that fits a transformer. Raises AdapterError when it does not."""
     action = "use an adapter of this base model, as `magicid.adapters.load` reads it"
     modules = dict(transformer.named_modules())
     ranks = set()
     for key, tensor in lora_state.items():
-        module = modules.get(_module(key))
+        module = modules.get(module_name(key))
         half = key.rsplit(".lora_", 1)[-1]
         if not key.startswith(_PREFIX) or half not in ("A.weight", "B.weight") or not hasattr(module, "weight"):
             raise AdapterError(f"{key} is not a LoRA tensor of this transformer", action)
@@ -80,7 +81,9 @@ def _check(transformer: Any, lora_state: dict[str, Tensor]) -> int:
         if width != weight.shape[1 if half == "A.weight" else 0]:
             raise AdapterError(f"{key} {tuple(tensor.shape)} does not fit a weight {tuple(weight.shape)}", action)
         ranks.add(rank)
-    halves = {_module(key): sum(_module(other) == _module(key) for other in lora_state) for key in lora_state}
+    halves = {
+        module_name(key): sum(module_name(other) == module_name(key) for other in lora_state) for key in lora_state
+    }
     if not lora_state or len(ranks) != 1 or set(halves.values()) != {2}:
         raise AdapterError(f"the adapter's LoRA is incomplete, or of several ranks {sorted(ranks)}", action)
     return int(ranks.pop())

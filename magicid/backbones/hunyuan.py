@@ -62,7 +62,7 @@ class HunyuanBackbone(PipelineBackbone):
             inputs["guidance"] = 1000 * guidance.expand(len(latents))
         return inputs
 
-    def _call_arguments(self, text: TextEmbeddings) -> dict[str, Any]:
+    def call_arguments(self, text: TextEmbeddings) -> dict[str, Any]:
         names = {
             "encoder_hidden_states": "prompt_embeds",
             "encoder_attention_mask": "prompt_attention_mask",

@@ -46,12 +46,12 @@ class LoraWeights:
         Raises:
             AdapterError: the tensors do not fit this transformer, or are not all finite.
         """
-        rank = adapter_slot._check(transformer, state)
+        rank = adapter_slot.check(transformer, state)
         broken = next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None)
         if broken is not None:
             raise AdapterError(f"{broken} holds numbers that are not finite", "train the adapter again")
         tensors = {}
-        for name in sorted({adapter_slot._module(key) for key in state}):
+        for name in sorted({adapter_slot.module_name(key) for key in state}):
             weight: Any = transformer.get_submodule(name).weight
             a, b = (
                 state[f"transformer.{name}.lora_{half}.weight"].to(weight.device, weight.dtype) for half in ("A", "B")

@@ -238,7 +238,7 @@ class PipelineBackbone:
             raise ValueError(f"{rows} prompts need as many seeds, not {len(seeds)}")
         sampling, shape = self.recipe.sampling, self.latent_shape()
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        self.pipeline.scheduler = self._scheduler()
+        self.pipeline.scheduler = self.new_scheduler()
         latents = self.pipeline(
             height=sampling.height,
             width=sampling.width,
@@ -247,7 +247,7 @@ class PipelineBackbone:
             latents=noise.to(self.device),
             output_type="latent",
             return_dict=False,
-            **self._call_arguments({name: t.to(self.device, self.transformer.dtype) for name, t in text.items()}),
+            **self.call_arguments({name: t.to(self.device, self.transformer.dtype) for name, t in text.items()}),
         )[0]
         return latents.float()
 
@@ -255,17 +255,30 @@ class PipelineBackbone:
         """Whether every step also takes a forward under the negative prompt."""
         return self.recipe.sampling.true_cfg_scale > 1
 
-    def _call_arguments(self, text: TextEmbeddings) -> dict[str, Any]:
+    def call_arguments(self, text: TextEmbeddings) -> dict[str, Any]:
         """Guidance and text embeddings as the pipeline's call names them."""
         raise NotImplementedError(f"{type(self).__name__} must name its pipeline's arguments")
 
-    def _scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+    def new_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """A scheduler of its own for one call: schedulers are stateful."""
         shift = self.recipe.sampling.shift
         settings = copy.deepcopy(dict(self.pipeline.scheduler.config))
         if isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
             return FlowMatchEulerDiscreteScheduler.from_config(settings, shift=shift)
         return FlowMatchEulerDiscreteScheduler(shift=shift)
+
+    def with_sampling(self, **changes: Any) -> PipelineBackbone:
+        """The same model under other sampling settings, with a memory of prompts of its own.
+
+        Raises:
+            BackboneError: frames, height or width do not fit the model.
+        """
+        other = copy.copy(self)
+        sampling = self.recipe.sampling.model_copy(update=changes)
+        other.recipe = self.recipe.model_copy(update={"sampling": sampling})
+        other._texts = {}
+        other._check_sizes()
+        return other
 
     # ---- LoRA --------------------------------------------------------------------------------------------------
 

@@ -57,7 +57,7 @@ class WanBackbone(PipelineBackbone):
     def _true_cfg(self) -> bool:
         return self.recipe.sampling.guidance_scale > 1
 
-    def _call_arguments(self, text: TextEmbeddings) -> dict[str, Any]:
+    def call_arguments(self, text: TextEmbeddings) -> dict[str, Any]:
         arguments: dict[str, Any] = {
             name.replace("encoder_hidden_states", "prompt_embeds"): tensor for name, tensor in text.items()
         }
