@@ -13,7 +13,7 @@ from tests.serve import people
 from tests.serve.served import Served, difference, prompt
 
 NAMES = [f"person-{number}" for number in range(4)]
-SAME = 0.5  # grey levels; rounding to 8 bits and H.264 move a clip by less, another person by many times as much
+SAME = 1.0  # grey levels: 1e-5 in the latents flips roundings, which H.264 carries on (0.6 seen); others: 3 and more
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_every_answer_is_the_person_and_version_asked_for(served: Served, publis
         shown = served.frames(video_id)
         assert difference(shown, people.expected(ref, prompt(number), number, 4)) < SAME
         if name != NAMES[0]:
-            assert difference(shown, people.expected(wrong, prompt(number), number, 4)) > 3 * SAME
+            assert difference(shown, people.expected(wrong, prompt(number), number, 4)) > 2 * SAME
     listed = served.client.get("/v1/videos", params={"limit": 100}).json()
     assert sorted(video["id"] for video in listed["data"]) == sorted(asked), "none lost, none made twice"
 
