@@ -5,6 +5,7 @@ MagicIDError
 ├── ManifestError        an identities manifest that cannot be read (format, column, duplicate id)
 ├── IdentityError        one identity that cannot be used
 │   └── PhotoError       one photo that cannot be used
+├── LeaseError           a run that another driver is at work on
 ├── StorageError         a location that cannot be read or written
 ├── BackboneError        a video model folder that cannot be loaded or does not fit the recipe
 ├── GenerationError      a clip that could not be generated
@@ -50,6 +51,10 @@ class IdentityError(MagicIDError):
 
 class PhotoError(IdentityError):
     """One photo that cannot be used."""
+
+
+class LeaseError(MagicIDError):
+    """A run that another driver is at work on, or has taken."""
 
 
 class StorageError(MagicIDError):

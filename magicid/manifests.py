@@ -12,6 +12,7 @@ import json
 import posixpath
 import re
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -19,9 +20,9 @@ import pyarrow.parquet as pq
 
 from magicid.errors import ManifestError, StorageError
 from magicid.schema import Rejected
-from magicid.storage import join, list_files, open_fs, public_name, public_text, read_bytes
+from magicid.storage import join, list_files, open_fs, public_name, public_text, read_bytes, sha256_json
 
-COLUMNS = ("id", "owner", "photos", "class_word", "consent", "priority", "overrides")
+COLUMNS = ("id", "owner", "photos", "class_word", "consent", "priority", "deadline", "overrides")
 OVERRIDE_PREFIX = "recipe."  # a column `recipe.hpo.beta` is one override
 
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}", re.IGNORECASE | re.ASCII)
@@ -41,13 +42,15 @@ class ManifestRow:
     consent: str | None = None
     priority: int = 0
     overrides: dict[str, str] = field(default_factory=dict)
+    deadline: float | None = None  # Unix seconds
 
 
 def read_manifest(location: str) -> tuple[list[ManifestRow], list[Rejected]]:
     """Read a manifest: usable rows in its order, and the rows set aside.
 
     Columns: id and photos (a list; in CSV separated by ";"; relative to the manifest), and where wanted owner,
-    class_word, consent, priority (higher is earlier) and overrides (a mapping, or columns `recipe.<dotted key>`).
+    class_word, consent, priority (higher is earlier), deadline (ISO 8601) and overrides (a mapping, or columns
+    `recipe.<dotted key>`).
     A folder is read through the one `manifest.jsonl`, `.csv` or `.parquet` in it; without one, each folder in it is a
     person named like the folder.
 
@@ -87,6 +90,24 @@ def read_manifest(location: str) -> tuple[list[ManifestRow], list[Rejected]]:
             problem = f"{posixpath.basename(shown.rstrip('/'))} row {number}: {public_text(error.problem)}"
             rejected.append(Rejected("identity", name, problem, error.action))
     return list(rows.values()), rejected
+
+
+def fingerprint(location: str) -> str:
+    """Changes when the manifest does: of its file, or of the names of all files where it is a folder.
+
+    Raises:
+        ManifestError: nothing is there, or it cannot be reached.
+    """
+    try:
+        if posixpath.splitext(str(location).rstrip("/"))[1].lower() in _READERS:
+            fs, path = open_fs(location)
+            return str(fs.ukey(path))
+        files = list_files(location)
+        named = [f for f in files if posixpath.basename(f) in _MANIFESTS]
+        return sha256_json([files, [fingerprint(f) for f in named]])
+    except (StorageError, OSError) as error:
+        reason = error.problem if isinstance(error, StorageError) else public_text(str(error))
+        raise ManifestError(f"cannot read the manifest: {reason}", "check the location") from error
 
 
 class _RowError(ManifestError):
@@ -219,6 +240,7 @@ def _row(record: dict[str, Any], base: str) -> ManifestRow:
         class_word=class_word,
         consent=consent,
         priority=_priority(record.get("priority")),
+        deadline=_deadline(record.get("deadline")),
         overrides=_overrides(record),
     )
     try:  # JSON can spell half a character (a lone surrogate), which no table can hold
@@ -251,6 +273,17 @@ def _priority(value: Any) -> int:
     if not -(2**63) <= number < 2**63:
         raise _RowError(f"priority {str(value)[:24]}... has too many digits", "write a smaller one, such as 10")
     return number
+
+
+def _deadline(value: Any) -> float | None:
+    """Unix seconds of an ISO 8601 time; without a zone it is UTC. None where there is none."""
+    if value is None or value == "":
+        return None
+    try:
+        when = value if isinstance(value, datetime) else datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        raise _RowError(f"deadline {value!r} is not a time", "write it like 2027-01-31T18:00:00+00:00") from None
+    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
 
 
 def _overrides(record: dict[str, Any]) -> dict[str, str]:

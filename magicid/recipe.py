@@ -221,6 +221,32 @@ class Resources(Section):
         return sum(pool.min_size * pool.cpus for pool in (self.generator, self.identity, self.motion, self.semantics))
 
 
+class Fleet(Section):
+    """How a driver shares machines between tenants and identities, and when it gives up waiting. Changes no result."""
+
+    weights: dict[str, float] = Field({}, description="share of each owner; 1 where not named")
+    quotas: dict[str, int] = Field(
+        {}, description="most identities of an owner that train at once; no limit if unnamed"
+    )
+    ageing_s: float = Field(3600, gt=0, description="waiting that outweighs one step of priority")
+    deadline_lead_s: float = Field(86400, ge=0, description="so long before its deadline an identity is due")
+    window: int = Field(0, ge=0, description="identities under way at once; 0: enough to keep slots and pools busy")
+    manifest_s: float = Field(30, gt=0, description="how often the manifest and commands are looked at")
+    lease_s: float = Field(60, gt=0, description="a driver that was not heard of for so long has lost its run")
+    slot_idle_s: float = Field(120, ge=0, description="a slot or the pools without work give their machines back")
+    clip_limit_s: float = Field(0, ge=0, description="one clip in one stage; the process ends beyond it; 0: no limit")
+    step_limit_s: float = Field(0, ge=0, description="one training step, likewise; 0: no limit")
+    memory_limit_gib: float = Field(0, ge=0, description="what a worker may allocate beyond its start; 0: no limit")
+    report_identities: int = Field(50, ge=1, description="identities that report.html shows in full")
+
+    @pydantic.field_validator("weights", "quotas")
+    @classmethod
+    def _positive(cls, value: dict[str, float]) -> dict[str, float]:
+        if any(number <= 0 for number in value.values()):
+            raise ValueError("each must be above 0")
+        return value
+
+
 class Evaluation(Section):
     """The table: held-out prompts, networks that no reward used."""
 
@@ -246,6 +272,7 @@ class Recipe(Section):
     hpo: Hpo = Hpo()
     trainer: Trainer = Trainer()
     resources: Resources = Resources()
+    fleet: Fleet = Fleet()
     evaluation: Evaluation = Evaluation()
 
     @property
@@ -255,8 +282,8 @@ class Recipe(Section):
 
     @property
     def content_sha256(self) -> str:
-        """Hash of all settings but `resources`: what a run makes, wherever it is made."""
-        return sha256_json(self.model_dump(mode="json", exclude={"resources"}))
+        """Hash of all settings but `resources` and `fleet`: what a run makes, wherever it is made."""
+        return sha256_json(self.model_dump(mode="json", exclude={"resources", "fleet"}))
 
     @pydantic.model_validator(mode="after")
     def _frames_to_show(self) -> Recipe:

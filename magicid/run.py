@@ -1,17 +1,20 @@
 """A run directory: everything one job makes, under one fsspec URL. The only place where its layout is spelled.
 
 recipe.toml  run.json                       the resolved recipe and what made the run
-identities/  identities.parquet rejected.parquet <id>/photo-N.png
 prompts.parquet
+identities/<id>/                            identity.parquet (one row) photo-N.png
 clips/<c2>/<clip_id>.mp4 .safetensors       content-addressed clips and their latents
 text/<hash>.safetensors                     text embeddings, one file per prompt
-scored/part-*.parquet                       clips with their rewards, in the order they were finished
+scored/<id>/part-*.parquet                  clips with their rewards; <id> is _shared-<class word> for V_s
 rewards/<id>.parquet                        what selection saw: raw rewards, 1..10, fronts
 training/<id>/<stage>/                      checkpoints, log.parquet, lora.safetensors
 pairs/<id>.parquet  pairs/<id>.rejected.parquet
 adapters/<id>/<version>/                    published adapters
-evaluation/part-*.parquet                   metric rows
-report.html
+evaluation/<id>/part-*.parquet              metric rows
+rejected.parquet  report.html
+ledger/                                     how every identity stands: snapshot-*.parquet, events-*.jsonl
+driver/                                     who drives the run: lease and heartbeat, by fence
+commands/                                   what `magicid cancel` and `magicid retry` ask of the driver
 attempts/<start>/  ray_train/               while the job runs: tries of each clip; Ray Train's own files
 """
 
@@ -24,6 +27,7 @@ from typing import Any, TypeVar
 from magicid import __version__, schema, storage
 from magicid.errors import StorageError
 from magicid.recipe import Recipe
+from magicid.schema import Identity
 
 T = TypeVar("T")
 
@@ -64,14 +68,6 @@ class Run:
         content = {"recipe_sha256": recipe.content_sha256, "recipe": recipe.name, "base_sha256": base_sha256}
         storage.write_json(marker, {**content, "magicid": __version__})
 
-    def pin(self, name: str, sha256: str) -> None:
-        """Remember what the run was begun with. Raises StorageError when it is something else now."""
-        marker = self.path(f"{name}.sha256")
-        if not storage.exists(marker):
-            storage.write_bytes(marker, sha256.encode())
-        elif storage.read_bytes(marker).decode() != sha256:
-            raise StorageError(f"{self.location} was begun with other {name}", "give another --out for the new ones")
-
     def write(self, name: str, values: Sequence[Any], cls: type) -> None:
         """Write dataclasses as one Parquet table, `name` relative to the run."""
         storage.write_table(self.path(name), schema.to_rows(values), schema.arrow_schema(cls))
@@ -84,6 +80,15 @@ class Run:
         """Whether a file of the run is there."""
         return storage.exists(self.path(name))
 
+    def identity(self, identity_id: str) -> Identity:
+        """One checked identity. Raises StorageError when it is not there."""
+        return self.read(identity_uri(identity_id), Identity)[0]
+
+    def identity_ids(self) -> list[str]:
+        """Ids of all checked identities, in order."""
+        files = storage.list_files(self.path("identities"), "/identity.parquet")
+        return sorted(file.split("/")[-2] for file in files)
+
     def append(self, folder: str, values: Iterable[Any], cls: type) -> None:
         """Add a part to a table that grows: parts are whole or absent, never changed."""
         rows = list(values)
@@ -94,6 +99,11 @@ class Run:
         """All rows of a growing table; [] when it has not begun. Order is not kept."""
         files = storage.list_files(self.path(folder), ".parquet")
         return [schema.from_row(cls, row) for file in files for row in storage.read_table(file)]
+
+
+def identity_uri(identity_id: str) -> str:
+    """Where a checked identity lies, one row, relative to the run."""
+    return f"identities/{identity_id}/identity.parquet"
 
 
 def clip_uri(clip_id: str, suffix: str) -> str:

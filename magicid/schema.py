@@ -100,6 +100,7 @@ class ScoredClip(Clip):
     motion_error: str | None = None
     semantics_reward: float | None = None  # expected rating, 1..10
     semantics_error: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)  # stage -> s that it worked on this clip, the last time
 
 
 @dataclass(frozen=True)

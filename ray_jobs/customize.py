@@ -2,17 +2,19 @@
 
     python -m ray_jobs.customize --recipe face-world --identities examples/identities --out runs/demo
 
-    identities ─ prompts ─ base + photo clips ─ SFT ─ trained clips ─ pairs ─ HPO ─ evaluation ─ publish ─ report
+    photos ─ base + photo clips ─ SFT ─ trained clips ─ pairs ─ HPO ─ evaluation ─ publish      (each identity)
 
-Every stage writes under the run directory and is skipped when its result is there, so the same command resumes. A bad
-photo, clip or identity is reported and set aside; the exit code is not 0 only when nothing could be done.
+`customize_person` is the way of one identity; `fleet.py` runs many of them at once on shared workers. Every step writes
+under the run directory and is skipped when its result is there, so the same command resumes. A bad photo, clip or
+identity is reported and set aside; the exit code is not 0 only when nothing could be done.
 """
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -20,18 +22,18 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from magicid import adapters, prompts, recipe, repository, storage
+from magicid import ledger, prompts, recipe, repository, storage
 from magicid.attempts import Attempts
 from magicid.backbones import base_sha256
-from magicid.errors import MagicIDError
-from magicid.identities import read_manifest
+from magicid.errors import MagicIDError, SelectionError
+from magicid.lease import Lease
+from magicid.manifests import ManifestRow
 from magicid.recipe import Recipe
 from magicid.repository import AdapterRef
 from magicid.rewards.rows import reward_rows
 from magicid.run import Run, training_uri
 from magicid.schema import (
     STATIC_CLIP,
-    Clip,
     Identity,
     MetricRow,
     Pair,
@@ -43,14 +45,122 @@ from magicid.schema import (
 )
 from magicid.selection import select_pairs, with_identity_reward
 from magicid.weights import model_folders, resolve
-from ray_jobs import pipeline, pools, slots
-from ray_jobs.intake import check_identities
-from ray_jobs.job import Job, cause, connect, run_location
+from ray_jobs import pools
+from ray_jobs.fleet import Fleet
+from ray_jobs.job import cause, connect, run_location
 from ray_jobs.progress import Display
-from ray_jobs.publishing import publish, summarise, write_report
-from ray_jobs.queue import Task
+from ray_jobs.publishing import publish_one, published, summarise, write_report
 
-WEIGHTS_FILE = adapters.WEIGHTS_NAME
+
+async def customize_person(fleet: Fleet, row: ManifestRow) -> str:
+    """One identity, from its manifest row to its published adapter; returns the version.
+
+    Raises:
+        MagicIDError: it cannot be customised; what it has until then is kept.
+    """
+    known = fleet.ledger.records[row.id]
+    if known.state == ledger.DONE and await asyncio.to_thread(published, fleet.run, row.id, known.adapter):
+        return str(known.adapter)
+    fleet.progress(row.id, "check", 0, 1)
+    person = await fleet.intake.check(row)
+    for warning in person.warnings:
+        fleet.set_aside("photo", row.id, MagicIDError(warning, "replace the photo, or leave it out"))
+    settings = fleet.recipe.for_identity(person.overrides)
+
+    base = await base_clips(fleet, person.class_word)  # V_s, shared by all of one class word
+    still = repository.static_clips(settings, fleet.base_sha256, person)  # V_id
+    photos = await fleet.score(row, "photo clips", f"scored/{row.id}", still)
+    sft = await fleet.train(row, person, "sft", settings.sft.steps, photo_examples(photos, person))
+
+    wanted = repository.trained_clips(fleet.recipe, fleet.base_sha256, training(fleet), person, sft)  # V_t
+    trained = await fleet.score(row, "trained clips", f"scored/{row.id}", wanted)
+    fleet.progress(row.id, "pairs", 0, 1)
+    pairs = await asyncio.to_thread(choose_pairs, fleet.run, settings, person, [*base, *photos, *trained])
+    counts = {kind: sum(pair.kind == kind for pair in pairs) for kind in ("P_id", "P_dy")}
+    fleet.display.say(f"pairs of {row.id}: {counts['P_id']} P_id, {counts['P_dy']} P_dy")
+    hpo = await fleet.train(row, person, "hpo", settings.hpo.steps, to_rows(pairs))
+
+    measured = await evaluate(fleet, row, person, pairs, sft, hpo)
+    fleet.lease.check()
+    fleet.progress(row.id, "publish", 0, 1)
+    return await asyncio.to_thread(publish_one, fleet, person, pairs, sft, hpo, measured)
+
+
+async def base_clips(fleet: Fleet, class_word: str) -> list[ScoredClip]:
+    """V_s with its motion and prompt rewards: made once per class word, for all identities."""
+    wanted = repository.base_clips(fleet.recipe, fleet.base_sha256, training(fleet), class_word)
+    return await fleet.once(
+        ("base clips", class_word),
+        lambda: fleet.score(None, f"base clips ({class_word})", "scored/_shared", wanted),
+    )
+
+
+def photo_examples(clips: Sequence[ScoredClip], person: Identity) -> list[dict[str, Any]]:
+    """What SFT trains on: the identity's own photo clips, in a fixed order."""
+    own = [clip for clip in clips if clip.kind == STATIC_CLIP and clip.identity_id == person.identity_id]
+    columns = ("clip_id", "latents_uri", "text_uri")
+    return [{name: getattr(clip, name) for name in columns} for clip in sorted(own, key=lambda clip: clip.clip_id)]
+
+
+def choose_pairs(run: Run, settings: Recipe, person: Identity, clips: Sequence[ScoredClip]) -> list[Pair]:
+    """P_id and P_dy of one identity, with the reasons for what was dropped.
+
+    Raises:
+        SelectionError: no pair could be made.
+    """
+    name = f"pairs/{person.identity_id}.parquet"
+    pairs = run.read(name, Pair) if run.has(name) else []
+    if not pairs:
+        scored = with_identity_reward(clips, person.references)
+        selected = select_pairs(person.identity_id, scored, settings.selection)
+        run.write(f"rewards/{person.identity_id}.parquet", reward_rows(scored, selected, settings.rewards), RewardRow)
+        run.write(f"pairs/{person.identity_id}.rejected.parquet", selected.dropped, Rejected)
+        run.write(name, selected.pairs, Pair)
+        pairs = selected.pairs
+    if not pairs:
+        raise SelectionError("no preference pair could be made", f"see pairs/{person.identity_id}.rejected.parquet")
+    return pairs
+
+
+async def evaluate(
+    fleet: Fleet, row: ManifestRow, person: Identity, pairs: list[Pair], sft: AdapterRef, hpo: AdapterRef
+) -> list[MetricRow]:
+    """The table: base, SFT only and HPO on held-out prompts, the same seeds, measured by networks of their own.
+
+    Where it fails, the reason is set aside and what was trained is not lost.
+    """
+    settings, heldout = fleet.recipe, [p for p in fleet.prompts if p.split == "heldout"]
+    if not (settings.evaluation.clips and settings.evaluation.identity and heldout):
+        return []
+
+    def clips(method: str, of: Identity | None, adapter: AdapterRef | None) -> list[Any]:
+        return repository.evaluation_clips(settings, fleet.base_sha256, heldout, person.class_word, method, of, adapter)
+
+    try:
+        await fleet.once(  # made once; then each identity is measured against them
+            ("base evaluation", person.class_word),
+            lambda: fleet.score(None, f"held-out base ({person.class_word})", "made", clips("base", None, None)),
+        )
+        wanted = clips("base", person, None) + clips("sft", person, sft) + clips("hpo", person, hpo)
+        wanted += await asyncio.to_thread(validation_clips, fleet.run, person, pairs)
+        rows = await fleet.measure(row, wanted)
+    except MagicIDError as error:
+        fleet.set_aside("evaluation", row.id, error)
+        return []
+    return [measured for measured in rows if measured.method != "validation"]
+
+
+def validation_clips(run: Run, person: Identity, pairs: list[Pair]) -> list[Any]:
+    """The samples that the trainer left as latents while it trained this identity."""
+    folder = run.path(training_uri(person.identity_id, "hpo", "validation"))
+    names = [file.rsplit("/", 1)[-1] for file in storage.list_files(folder, ".safetensors")]
+    found = [training_uri(person.identity_id, "hpo", f"validation/{name}") for name in names]
+    return repository.validation_clips(person, found, pairs[0].prompt)
+
+
+def training(fleet: Fleet) -> list[Prompt]:
+    """The prompts that clips for training are made from."""
+    return [prompt for prompt in fleet.prompts if prompt.split == "training"]
 
 
 def customize(settings: Recipe, identities_location: str, out: str, console: Console | None = None) -> int:
@@ -67,196 +177,29 @@ def customize(settings: Recipe, identities_location: str, out: str, console: Con
             display.say(
                 f"the pools want {wanted:g} of {there:g} CPUs: nothing starts unless the cluster grows", "yellow"
             )
-        job = Job(settings, run, display, base_sha256(settings))
-        people = check_people(job, identities_location)
-        texts = choose_prompts(job)
-        training = [p for p in texts if p.split == "training"]
-        heldout = [p for p in texts if p.split == "heldout"]
-
-        shared = score(job, "base and photo clips", base_and_photo_clips(job, people, training))
-        sft = train(job, "sft", people, {p.identity_id: photo_examples(shared, p) for p in people})
-        trained = score(job, "trained clips", trained_clips(job, people, training, sft))
-        pairs = {
-            p.identity_id: choose_pairs(job, p, shared + trained, training) for p in people if p.identity_id in sft
-        }
-        examples = {identity_id: to_rows(chosen) for identity_id, chosen in pairs.items() if chosen}
-        hpo = train(job, "hpo", [p for p in people if p.identity_id in examples], examples)
-        measured: list[MetricRow] = job.attempt(
-            "evaluation", lambda: evaluate(job, people, heldout, pairs, sft, hpo), []
-        )
-        published = publish(job, people, pairs, sft, hpo, measured)
-        report = job.attempt("report", lambda: write_report(job), "none; see above")
-        Attempts(run, job.name, 0).forget()
-        storage.remove(run.path("ray_train"))
-    summarise(job, published, measured, report)
-    return len(published)
+        lease = Lease.take(run, settings.fleet.lease_s, display.say)
+        try:
+            return asyncio.run(_drive(settings, run, identities_location, display, lease))
+        finally:
+            lease.release()
 
 
-def check_people(job: Job, location: str) -> list[Identity]:
-    """Stage 1: manifest rows -> checked identities; bad ones are set aside."""
-    rows, unreadable = read_manifest(location)
-    job.run.pin("identities", storage.sha256_json([asdict(row) for row in rows]))
-    if not job.run.has("identities/identities.parquet"):
-        people, rejected = check_identities(job.recipe, job.run, rows, job.name, job.display)
-        rejected = unreadable + rejected
-        job.run.write("identities/rejected.parquet", rejected, Rejected)
-        job.run.write("identities/identities.parquet", people, Identity)
-    for row in job.run.read("identities/rejected.parquet", Rejected):
-        job.set_aside(row.kind, row.name, MagicIDError(row.problem, row.action))
-    people = job.run.read("identities/identities.parquet", Identity)
-    if not people:
-        raise MagicIDError(f"no identity of {location} can be used", "correct what was set aside above")
-    return people
-
-
-def choose_prompts(job: Job) -> list[Prompt]:
-    """Stage 2: the prompts of this run, kept with it."""
-    if not job.run.has("prompts.parquet"):
-        job.run.write("prompts.parquet", prompts.load_prompts(job.recipe.prompts), Prompt)
-    return job.run.read("prompts.parquet", Prompt)
-
-
-def base_and_photo_clips(job: Job, people: Sequence[Identity], training: Sequence[Prompt]) -> list[Clip]:
-    """V_s, once per class word, and V_id of every identity."""
-    wanted = []
-    for class_word in sorted({p.class_word for p in people}):
-        wanted += repository.base_clips(job.recipe, job.base_sha256, training, class_word)
-    for person in people:
-        wanted += repository.static_clips(job.recipe.for_identity(person.overrides), job.base_sha256, person)
-    return wanted
-
-
-def trained_clips(
-    job: Job, people: Sequence[Identity], training: Sequence[Prompt], sft: dict[str, AdapterRef]
-) -> list[Clip]:
-    """V_t of every identity that has an SFT adapter."""
-    wanted = []
-    for person in people:
-        if person.identity_id in sft:
-            wanted += repository.trained_clips(job.recipe, job.base_sha256, training, person, sft[person.identity_id])
-    return wanted
-
-
-def score(job: Job, name: str, wanted: Sequence[Clip]) -> list[ScoredClip]:
-    """Stages 4 and 5: generate and score clips; those that were given up are set aside."""
-
-    def show(done: int, row: ScoredClip | None) -> None:
-        job.display.show(name, done, len(wanted), (row.identity_id or "shared") if row else "")
-
-    rows = pipeline.score(job.recipe, job.run, wanted, job.name, show)
-    for row in rows:
-        if row.error is not None:
-            job.set_aside("clip", row.clip_id, MagicIDError(row.error, "the others go on; run again to try it again"))
-    return [row for row in rows if row.error is None]
-
-
-def photo_examples(clips: Sequence[ScoredClip], person: Identity) -> list[dict[str, Any]]:
-    """What SFT trains on: the identity's own photo clips, in a fixed order."""
-    own = [clip for clip in clips if clip.kind == STATIC_CLIP and clip.identity_id == person.identity_id]
-    columns = ("clip_id", "latents_uri", "text_uri")
-    return [{name: getattr(clip, name) for name in columns} for clip in sorted(own, key=lambda clip: clip.clip_id)]
-
-
-def choose_pairs(job: Job, person: Identity, clips: Sequence[ScoredClip], training: Sequence[Prompt]) -> list[Pair]:
-    """Stage 6: P_id and P_dy of one identity, with the reasons for what was dropped."""
-    name = f"pairs/{person.identity_id}.parquet"
-    pairs = job.run.read(name, Pair) if job.run.has(name) else []
-    if not pairs:
-        settings = job.recipe.for_identity(person.overrides).selection
-        shared = {
-            clip.clip_id for clip in repository.base_clips(job.recipe, job.base_sha256, training, person.class_word)
-        }
-        own = [c for c in clips if c.identity_id == person.identity_id or c.clip_id in shared]
-        scored = with_identity_reward(own, person.references)
-        selected = select_pairs(person.identity_id, scored, settings)
-        rows = reward_rows(scored, selected, job.recipe.rewards)
-        job.run.write(f"rewards/{person.identity_id}.parquet", rows, RewardRow)
-        job.run.write(f"pairs/{person.identity_id}.rejected.parquet", selected.dropped, Rejected)
-        job.run.write(name, selected.pairs, Pair)
-        pairs = selected.pairs
-    counts = {kind: sum(p.kind == kind for p in pairs) for kind in ("P_id", "P_dy")}
-    job.display.say(f"pairs of {person.identity_id}: {counts['P_id']} P_id, {counts['P_dy']} P_dy")
-    if not pairs:
-        problem = MagicIDError("no preference pair could be made", f"see pairs/{person.identity_id}.rejected.parquet")
-        job.set_aside("identity", person.identity_id, problem)
-    return pairs
-
-
-def train(
-    job: Job,
-    stage: str,
-    people: Sequence[Identity],
-    examples: dict[str, list[dict[str, Any]]],
-) -> dict[str, AdapterRef]:
-    """Stages 3 and 7: train every identity through one stage in the slots; returns the adapters that came out."""
-    tasks = []
-    for person in people:
-        steps = _steps(job, person, stage)
-        job.display.show(f"{stage} {person.identity_id}", 0, steps)
-        if not job.run.has(training_uri(person.identity_id, stage, WEIGHTS_FILE)):
-            payload = {
-                "identity_id": person.identity_id,
-                "overrides": person.overrides,
-                "examples": examples[person.identity_id],
-            }
-            tasks.append(Task(person.identity_id, person.owner, stage, steps, person.priority, payload))
-    for task_id, outcome in slots.train(job.recipe, job.run, tasks, job.display).items():
-        if outcome.state != "done":
-            problem = MagicIDError(f"{stage} failed: {outcome.error}", "its last good checkpoint is kept; run again")
-            job.set_aside("identity", task_id, problem)
-    trained = {}
-    for person in people:
-        uri = training_uri(person.identity_id, stage, WEIGHTS_FILE)
-        if job.run.has(uri):
-            steps = _steps(job, person, stage)
-            job.display.show(f"{stage} {person.identity_id}", steps, steps)
-            trained[person.identity_id] = AdapterRef(uri, storage.sha256_bytes(storage.read_bytes(job.run.path(uri))))
-    return trained
-
-
-def _steps(job: Job, person: Identity, stage: str) -> int:
-    settings = job.recipe.for_identity(person.overrides)
-    return settings.sft.steps if stage == "sft" else settings.hpo.steps
-
-
-def evaluate(
-    job: Job,
-    people: Sequence[Identity],
-    heldout: Sequence[Prompt],
-    pairs: dict[str, list[Pair]],
-    sft: dict[str, AdapterRef],
-    hpo: dict[str, AdapterRef],
-) -> list[MetricRow]:
-    """The table: base, SFT only and HPO on held-out prompts, the same seeds, measured by networks of their own."""
-    if not (job.recipe.evaluation.clips and job.recipe.evaluation.identity and heldout):
-        return []
-    wanted = []
-    for person in people:
-        for method, adapter in (
-            ("base", None),
-            ("sft", sft.get(person.identity_id)),
-            ("hpo", hpo.get(person.identity_id)),
-        ):
-            if method == "base" or adapter is not None:
-                wanted += repository.evaluation_clips(
-                    job.recipe, job.base_sha256, heldout, person.class_word, method, person, adapter
-                )
-        if person.identity_id in hpo:
-            wanted += validation_clips(job, person, pairs)
-
-    def show(done: int, row: MetricRow | None) -> None:
-        job.display.show("evaluation", done, len(wanted), f"{row.method} {row.identity_id}" if row else "")
-
-    rows = pipeline.evaluate(job.recipe, job.run, wanted, people, job.name, show)
-    return [row for row in rows if row.method != "validation"]
-
-
-def validation_clips(job: Job, person: Identity, pairs: dict[str, list[Pair]]) -> list[Clip]:
-    """The samples that the trainer left as latents while it trained this identity."""
-    folder = job.run.path(training_uri(person.identity_id, "hpo", "validation"))
-    names = [file.rsplit("/", 1)[-1] for file in storage.list_files(folder, ".safetensors")]
-    found = [training_uri(person.identity_id, "hpo", f"validation/{name}") for name in names]
-    return repository.validation_clips(person, found, pairs[person.identity_id][0].prompt)
+async def _drive(settings: Recipe, run: Run, manifest: str, display: Display, lease: Lease) -> int:
+    this = asyncio.current_task()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: this and this.cancel())  # `ray job stop`
+    fleet = Fleet(settings, run, base_sha256(settings), display, lease, customize_person)
+    try:
+        if not run.has("prompts.parquet"):
+            run.write("prompts.parquet", prompts.load_prompts(settings.prompts), Prompt)
+        fleet.prompts = run.read("prompts.parquet", Prompt)
+        fleet.connect()
+        await fleet.drive(manifest)
+    finally:
+        fleet.ledger.close()
+    report = write_report(fleet)
+    Attempts(run, fleet.name, 0).forget()
+    storage.remove(run.path("ray_train"))
+    return summarise(fleet, manifest, report)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -276,14 +219,17 @@ def main(
     try:
         settings = recipe.load(recipe_name, recipe.parse_overrides(context.args))
         connect(settings)
-        published = customize(settings, identities, out, console)
+        done = customize(settings, identities, out, console)
     except MagicIDError as error:
         console.print(Text(f"error {error}", style="red"), soft_wrap=True)
         sys.exit(2)
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        console.print(Text("stopped; run the same command again to go on", style="yellow"))
+        sys.exit(3)
     except ray.exceptions.RayError as error:
         console.print(Text(f"error {cause(error)} — run the same command again to go on", style="red"), soft_wrap=True)
         sys.exit(2)
-    sys.exit(0 if published else 1)
+    sys.exit(0 if done else 1)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Manifest rows -> checked identities, on Ray Data: photos are decoded and faces found by an actor pool."""
+"""Manifest rows -> checked identities, on Ray Data: photos are decoded and faces found by an actor pool.
+
+Rows that coroutines ask for at about the same time share a pass, so the face models are loaded once for many people.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -12,27 +15,32 @@ import ray
 
 from magicid import identities
 from magicid.attempts import Attempts
-from magicid.errors import MagicIDError
+from magicid.errors import IdentityError, MagicIDError
+from magicid.manifests import ManifestRow
 from magicid.recipe import Recipe
 from magicid.rewards.identity import IdentityReward
-from magicid.run import Run
-from magicid.schema import Identity, Rejected
+from magicid.run import Run, identity_uri
+from magicid.schema import Identity
 from magicid.weights import resolve
-from ray_jobs import pools
-from ray_jobs.progress import Display
+from ray_jobs import pools, watchdog
+from ray_jobs.job import cause
 from ray_jobs.stages import device, limit_threads, reason
+
+GATHER_S = 1.0  # how long the first row waits for company
+ROWS_PER_PASS = 512
 
 
 class CheckIdentities:
     """One-to-one over manifest rows (JSON in the column `row`): a checked identity, or why not, as JSON."""
 
     def __init__(self, recipe: dict[str, Any], run: str, job: str) -> None:
-        self.recipe, self.run = Recipe.model_validate(recipe), run
-        self.attempts = Attempts(Run(run), job, self.recipe.repository.attempts)
+        self.recipe, self.run = Recipe.model_validate(recipe), Run(run)
+        self.attempts = Attempts(self.run, job, self.recipe.repository.attempts)
         limit_threads(self.recipe.resources.threads)
         self.faces = self._reader(self.recipe.rewards.identity)
         metric = self.recipe.evaluation.identity
         self.metric_faces = self._reader(metric) if metric else None
+        watchdog.limit_memory(self.recipe.fleet.memory_limit_gib)
 
     def _reader(self, folder: str) -> IdentityReward:
         return IdentityReward.from_pretrained(
@@ -46,39 +54,70 @@ class CheckIdentities:
         return pa.table({"result": [json.dumps(self._check(text)) for text in batch.column("row").to_pylist()]})
 
     def _check(self, text: str) -> dict[str, Any]:
-        row = identities.ManifestRow(**json.loads(text))
+        row = ManifestRow(**json.loads(text))
         try:
             self.attempts.begin(f"identity-{row.id}")  # a photo may kill the process
-            person = identities.check_identity(row, self.recipe, self.faces, self.metric_faces, self.run)
-            return {"identity": dataclasses.asdict(person)}
+            with watchdog.time_limit(self.recipe.fleet.clip_limit_s):
+                person = identities.check_identity(row, self.recipe, self.faces, self.metric_faces, self.run.location)
+            self.run.write(identity_uri(row.id), [person], Identity)
+            return {"id": row.id}
         except MagicIDError as error:
-            return {"rejected": dataclasses.asdict(Rejected("identity", row.id, error.problem, error.action))}
+            return {"id": row.id, "problem": error.problem, "action": error.action}
         except Exception as error:  # one identity must not end the others
-            return {"rejected": dataclasses.asdict(Rejected("identity", row.id, reason(error), "check its photos"))}
+            return {"id": row.id, "problem": reason(error), "action": "check its photos"}
 
 
-def check_identities(
-    recipe: Recipe, run: Run, rows: Sequence[identities.ManifestRow], job: str, display: Display
-) -> tuple[list[Identity], list[Rejected]]:
-    """Check every identity of a manifest; (usable, set aside), in the manifest's order."""
-    rejected: list[Rejected] = []
-    people: dict[str, Identity] = {}
-    if rows:
+class Intake:
+    """Checks identities for many coroutines at once."""
+
+    def __init__(self, recipe: Recipe, run: Run, job: str) -> None:
+        self.recipe, self.run, self.job = recipe, run, job
+        self._waiting: dict[str, tuple[ManifestRow, asyncio.Future[Identity]]] = {}
+        self._pass: asyncio.Task[None] | None = None
+
+    async def check(self, row: ManifestRow) -> Identity:
+        """One identity, checked now or earlier.
+
+        Raises:
+            IdentityError: it cannot be used; all reasons are named.
+        """
+        if await asyncio.to_thread(self.run.has, identity_uri(row.id)):
+            return await asyncio.to_thread(self.run.identity, row.id)
+        future: asyncio.Future[Identity] = asyncio.get_running_loop().create_future()
+        self._waiting[row.id] = (row, future)
+        if self._pass is None or self._pass.done():
+            self._pass = asyncio.create_task(self._passes())
+        return await future
+
+    async def _passes(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(GATHER_S)
+            names = list(self._waiting)[:ROWS_PER_PASS]
+            asked = {name: self._waiting.pop(name) for name in names}
+            loop = asyncio.get_running_loop()
+
+            def tell(result: dict[str, str], asked: dict[str, Any] = asked, loop: Any = loop) -> None:
+                loop.call_soon_threadsafe(self._tell, asked[result["id"]][1], result)
+
+            try:
+                await asyncio.to_thread(self._check, [row for row, _ in asked.values()], tell)
+            except Exception as error:  # the pass broke: face models that cannot be loaded
+                for _, future in asked.values():
+                    if not future.done():
+                        future.set_exception(IdentityError(cause(error), "see `magicid check`, then submit again"))
+
+    def _check(self, rows: list[ManifestRow], tell: Any) -> None:
         pools.configure()
-        dataset: ray.data.Dataset = ray.data.from_arrow(
-            [pa.table({"row": [json.dumps(dataclasses.asdict(row))]}) for row in rows]
-        )
-        arguments = {"recipe": recipe.model_dump(mode="json"), "run": run.location, "job": job}
-        dataset = pools.add_stage(dataset, CheckIdentities, recipe.resources.identity, arguments, batch_size=1)  # type: ignore[arg-type]
-        display.show("identities", 0, len(rows))
-        for number, result in enumerate(dataset.iter_rows(), start=1):
-            found = json.loads(result["result"])
-            if "identity" in found:
-                people[found["identity"]["identity_id"]] = Identity(**found["identity"])
-            else:
-                rejected.append(Rejected(**found["rejected"]))
-            display.show("identities", number, len(rows))
-    for person in people.values():
-        for warning in person.warnings:
-            rejected.append(Rejected("photo", person.identity_id, warning, "replace the photo, or leave it out"))
-    return [people[row.id] for row in rows if row.id in people], rejected
+        items = [{"row": json.dumps(dataclasses.asdict(row))} for row in rows]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        arguments = {"recipe": self.recipe.model_dump(mode="json"), "run": self.run.location, "job": self.job}
+        for result in pools.add_stage(dataset, CheckIdentities, self.recipe.resources.identity, arguments).iter_rows():
+            tell(json.loads(result["result"]))
+
+    def _tell(self, future: asyncio.Future[Identity], result: dict[str, str]) -> None:
+        if future.done():
+            return
+        if "problem" in result:
+            future.set_exception(IdentityError(result["problem"], result["action"]))
+        else:
+            future.set_result(self.run.identity(result["id"]))

@@ -11,10 +11,9 @@ from typing import Any
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from magicid.recipe import Pool, Recipe
-from ray_jobs.stages import Stage
 
 POOLS = ("generator", "identity", "motion", "semantics")  # sections of the recipe's resources
-NO_PROGRESS_TIMEOUT_S = 6 * 3600  # a cold 26 GB load or a wait for spot machines is not a hang
+NO_PROGRESS_TIMEOUT_S = 10 * 365 * 86400  # an idle source, or a wait for spot machines, is not a hang
 
 
 def configure() -> None:
@@ -23,13 +22,29 @@ def configure() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = False
+    context.actor_pool_util_upscaling_threshold = 1.0  # with one task in flight it never gets higher
     context.max_errored_blocks = 0  # stages turn failures into rows; anything else is a defect and must be seen
     if hasattr(context, "execution_no_progress_timeout_s"):
         context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
 
 
-def add_stage(dataset: Dataset, stage: type[Stage], pool: Pool, arguments: dict[str, Any], batch_size: int) -> Dataset:
-    """Append a stage, run by an actor pool, to a dataset of Arrow rows."""
+def add_source(dataset: Dataset, source: type, arguments: dict[str, Any]) -> Dataset:
+    """Append the one actor that waits for work; it takes no share of a machine."""
+    return dataset.map_batches(
+        source,
+        fn_constructor_kwargs=arguments,
+        compute=ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=1),
+        num_cpus=0,
+        batch_size=1,
+        batch_format="pyarrow",
+    )
+
+
+def add_stage(dataset: Dataset, stage: type, pool: Pool, arguments: dict[str, Any]) -> Dataset:
+    """Append a stage, run by an actor pool, to a dataset of Arrow blocks.
+
+    Blocks are passed on whole: with a batch size Ray Data would wait for more rows to fill a batch.
+    """
     return dataset.map_batches(
         stage,
         fn_constructor_kwargs=arguments,
@@ -38,9 +53,22 @@ def add_stage(dataset: Dataset, stage: type[Stage], pool: Pool, arguments: dict[
         ),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
-        batch_size=batch_size,
+        batch_size=None,
         batch_format="pyarrow",
     )
+
+
+def together(recipe: Recipe, cluster: dict[str, float]) -> bool:
+    """Whether the pools at their smallest and one training slot fit the cluster at the same time.
+
+    Where they do not, as on one GPU, each gives its share back as soon as it has nothing to do, and they take turns.
+    """
+    resources = recipe.resources
+    pools = [getattr(resources, name) for name in POOLS] + ([resources.identity] if recipe.evaluation.identity else [])
+    slot = resources.workers_per_slot
+    gpus = sum(pool.min_size * pool.gpus for pool in pools) + slot * resources.worker_gpus
+    cpus = sum(pool.min_size * pool.cpus for pool in pools) + slot * resources.worker_cpus
+    return gpus <= cluster.get("GPU", 0.0) and cpus <= cluster.get("CPU", 0.0)
 
 
 def with_shared_gpus(recipe: Recipe, gpus: float) -> Recipe:

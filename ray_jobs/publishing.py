@@ -1,78 +1,98 @@
-"""The last stages: adapters with their manifests, the report, and what the job prints at its end."""
+"""The last stages: an adapter with its manifest, the report, and what the job prints at its end."""
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from magicid import adapters, storage
+from magicid import adapters, ledger, storage
+from magicid.errors import MagicIDError
 from magicid.evaluation import table
 from magicid.repository import AdapterRef
+from magicid.run import Run
 from magicid.schema import Identity, MetricRow, Pair, Rejected
-from ray_jobs.job import Job
+from ray_jobs.job import cause
+
+if TYPE_CHECKING:
+    from ray_jobs.fleet import Fleet
 
 
-def publish(
-    job: Job,
-    people: Sequence[Identity],
-    pairs: dict[str, list[Pair]],
-    sft: dict[str, AdapterRef],
-    hpo: dict[str, AdapterRef],
-    measured: Sequence[MetricRow],
-) -> list[adapters.AdapterRef]:
-    """Stage 8: one version per identity, with a manifest that says what it was made from."""
-    published = []
-    for person in people:
-        if person.identity_id in hpo:
-            one = functools.partial(publish_one, job, person, pairs, sft, hpo, measured)
-            made: adapters.AdapterRef | None = job.attempt(f"publish {person.identity_id}", one, None)
-            published += [made] if made else []
-    return published
+def published(run: Run, identity_id: str, version: str | None) -> bool:
+    """Whether an adapter that the ledger names is still there."""
+    return version is not None and run.has(f"adapters/{identity_id}/{version}/manifest.json")
 
 
 def publish_one(
-    job: Job,
+    fleet: Fleet,
     person: Identity,
-    pairs: dict[str, list[Pair]],
-    sft: dict[str, AdapterRef],
-    hpo: dict[str, AdapterRef],
+    pairs: list[Pair],
+    sft: AdapterRef,
+    hpo: AdapterRef,
     measured: Sequence[MetricRow],
-) -> adapters.AdapterRef:
-    """One identity's adapter and manifest."""
+) -> str:
+    """Publish one identity's adapter, with a manifest that says what it was made from; returns the version."""
     name = person.identity_id
     manifest = adapters.AdapterManifest(
         owner=person.owner,
         consent=person.consent or "",
-        base_sha256=job.base_sha256,
-        recipe_sha256=job.recipe.for_identity(person.overrides).content_sha256,
-        rank=job.recipe.lora.rank,
-        alpha=job.recipe.lora.alpha,
-        pairs_sha256=storage.sha256_json([pair.pair_id for pair in pairs[name]]),
-        reference_sha256=sft[name].sha256,
+        base_sha256=fleet.base_sha256,
+        recipe_sha256=fleet.recipe.for_identity(person.overrides).content_sha256,
+        rank=fleet.recipe.lora.rank,
+        alpha=fleet.recipe.lora.alpha,
+        pairs_sha256=storage.sha256_json([pair.pair_id for pair in pairs]),
+        reference_sha256=sft.sha256,
         metrics=table.summary(measured, name, "hpo"),
     )
-    return adapters.publish(job.run.location, name, storage.read_bytes(job.run.path(hpo[name].uri)), manifest)
+    weights = storage.read_bytes(fleet.run.path(hpo.uri))
+    return adapters.publish(fleet.run.location, name, weights, manifest).version
 
 
-def write_report(job: Job) -> str:
-    """Stage 9: one self-contained HTML file."""
+def write_report(fleet: Fleet) -> str:
+    """One self-contained HTML file; where it cannot be made, the reason, since what was trained is not lost."""
     from magicid.report import build_report
 
-    job.run.write("rejected.parquet", job.rejected, Rejected)
-    location = job.run.path("report.html")
-    storage.write_bytes(location, build_report(job.run).encode())
+    try:
+        fleet.run.write("rejected.parquet", _rejected(fleet), Rejected)
+        location = fleet.run.path("report.html")
+        storage.write_bytes(location, build_report(fleet.run, fleet.recipe.fleet.report_identities).encode())
+    except Exception as error:
+        problem = error if isinstance(error, MagicIDError) else MagicIDError(cause(error), "run again to try it again")
+        fleet.set_aside("stage", "report", problem)
+        return "none; see above"
     return location
 
 
-def summarise(job: Job, published: Sequence[adapters.AdapterRef], measured: Sequence[MetricRow], report: str) -> None:
-    """The end of the job: the table, the adapters, the report."""
-    console = job.display.console
+def _rejected(fleet: Fleet) -> list[Rejected]:
+    """What was set aside at this start and before, without what has gone well since."""
+    earlier = fleet.run.read("rejected.parquet", Rejected) if fleet.run.has("rejected.parquet") else []
+    done = {name for name, record in fleet.ledger.records.items() if record.state == ledger.DONE}
+    kept = [row for row in earlier if row.kind == "photo" or (row.kind == "identity" and row.name not in done)]
+    return list(dict.fromkeys([*kept, *fleet.rejected]))
+
+
+def summarise(fleet: Fleet, manifest: str, report: str) -> int:
+    """The end of the job: the table, the adapters, the report. Returns how many adapters there are.
+
+    Raises:
+        MagicIDError: no identity of the manifest could be used.
+    """
+    console, records = fleet.display.console, sorted(fleet.ledger.records.values(), key=lambda r: r.identity_id)
+    done = [record for record in records if record.state == ledger.DONE]
+    if not done and all(record.stage in ("", "check") for record in records):
+        raise MagicIDError(f"no identity of {manifest} can be used", "correct what was set aside above")
+    shown = done[: fleet.recipe.fleet.report_identities]
+    measured = [row for r in shown for row in fleet.run.read_parts(f"evaluation/{r.identity_id}", MetricRow)]
+    measured = [row for row in measured if row.method != "validation"]
     if measured:
         console.print(table.render(table.table(measured)))
-    for adapter in published:
-        console.print(f"adapter  {_short(adapter.location)}", soft_wrap=True, highlight=False)
+    for record in shown:
+        location = fleet.run.path("adapters", record.identity_id, str(record.adapter))
+        console.print(f"adapter  {_short(location)}", soft_wrap=True, highlight=False)
+    if len(done) > len(shown):
+        console.print(f"         and {len(done) - len(shown)} more; see `magicid adapters list`", highlight=False)
     console.print(f"report   {_short(report)}", soft_wrap=True, highlight=False)
+    return len(done)
 
 
 def _short(location: str) -> str:

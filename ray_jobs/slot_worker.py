@@ -24,6 +24,7 @@ from magicid.training.hpo import train_hpo
 from magicid.training.loop import LogRow, TrainingResult
 from magicid.training.pairs import PairStore, read_latents, read_text
 from magicid.training.sft import train_sft
+from ray_jobs import watchdog
 from ray_jobs.queue import Task
 from ray_jobs.stages import device, limit_threads
 
@@ -44,6 +45,7 @@ class SlotWorker:
         self.engine = create_engine(
             self.backbone.transformer, self.backbone.lora_target_modules(), recipe.lora, recipe.trainer, kind=engine
         )
+        watchdog.limit_memory(recipe.fleet.memory_limit_gib)
 
     def train(self, task: Task, progress: OnProgress) -> dict[str, Any]:
         """Train one identity through one stage and write its adapter; returns what the ledger keeps.
@@ -51,20 +53,31 @@ class SlotWorker:
         Raises:
             MagicIDError: the identity cannot be trained; its last good checkpoint is kept.
         """
-        identity_id = task.payload["identity_id"]
+        identity_id, name = task.payload["identity_id"], task.payload["stage"]
+        if self.run.has(training_uri(identity_id, name, WEIGHTS_FILE)):
+            return {}
         recipe = self.recipe.for_identity(task.payload["overrides"])
-        folder = self.run.path(training_uri(identity_id, task.stage, "checkpoints"))
-        stage = self._sft if task.stage == "sft" else self._hpo
-        result = stage(task, recipe, CheckpointStore(folder, task.stage), progress)
-        if self.engine.rank == 0:
-            self._write(identity_id, task.stage, result)
+        folder = self.run.path(training_uri(identity_id, name, "checkpoints"))
+        stage = self._sft if name == "sft" else self._hpo
+        self._alive()
+        try:
+            progress(0, {})
+            result = stage(task, recipe, CheckpointStore(folder, name), progress)
+            if self.engine.rank == 0:
+                self._write(identity_id, name, result)
+        finally:
+            watchdog.start_time_limit(0)
         return {"steps": result.steps, "loss": result.history[-1]["loss"]}
+
+    def _alive(self) -> None:
+        """Each step has its own time; a worker that hangs in one ends, and its slot with it."""
+        watchdog.start_time_limit(self.recipe.fleet.step_limit_s)
 
     def _sft(self, task: Task, recipe: Recipe, checkpoints: CheckpointStore, progress: OnProgress) -> TrainingResult:
         examples = task.payload["examples"]
         clips = {example["clip_id"]: read_latents(self.run.location, example["latents_uri"]) for example in examples}
         text = read_text(self.run.location, examples[0]["text_uri"])
-        watch = _Watch(progress)
+        watch = _Watch(progress, self._alive)
         return train_sft(
             self.engine, self.backbone, clips, text, recipe.sft, recipe.trainer, checkpoints,
             on_log=watch.log, on_step=watch.step,
@@ -75,7 +88,7 @@ class SlotWorker:
         pairs = PairStore([schema.from_row(Pair, row) for row in task.payload["examples"]], self.run.location)
         sft = storage.read_bytes(self.run.path(training_uri(identity_id, "sft", RAW_FILE)))
         text = pairs[next(iter(pairs.kinds))].text
-        watch = _Watch(progress)
+        watch = _Watch(progress, self._alive)
         return train_hpo(
             self.engine, self.backbone, pairs, safetensors.torch.load(sft), recipe.hpo, recipe.trainer,
             recipe.sampling.guidance_scale, checkpoints,
@@ -110,12 +123,13 @@ def log_schema(history: list[LogRow]) -> pa.Schema:
 class _Watch:
     """Joins what the loop tells: the log row every few steps, the step number at each."""
 
-    def __init__(self, progress: OnProgress) -> None:
-        self.progress = progress
+    def __init__(self, progress: OnProgress, alive: Callable[[], None]) -> None:
+        self.progress, self.alive = progress, alive
         self.metrics: dict[str, float] = {}
 
     def log(self, row: LogRow) -> None:
         self.metrics = {name: row[name] for name in REPORTED if name in row}
 
     def step(self, step: int) -> None:
+        self.alive()
         self.progress(step, self.metrics)

@@ -1,8 +1,9 @@
 """Training slots on Ray Train: one worker group each, which keeps the base model and takes identities in turn.
 
 A trainer per identity would load the base model, start processes and join a process group for every person. A slot does
-that once; between identities only the LoRA and the optimizer state change. A slot whose worker dies is started again by
-Ray Train and goes on from the identity's last checkpoint; an identity that kills its worker each time is given up.
+that once; between identities only the LoRA and the optimizer state change. Slots come and go while the job runs: as
+many as there is work for, up to the recipe's number; one that cannot be placed waits for the cluster to grow, one that
+dies gives its identity back, which another slot takes up from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ from magicid import storage
 from magicid.errors import MagicIDError
 from magicid.recipe import Recipe
 from magicid.run import Run
-from ray_jobs.progress import Display
-from ray_jobs.queue import FairQueue, Outcome, Task
+from ray_jobs.queue import Held, Task
+from ray_jobs.work import END, TRAINING
 
-POLL_S = 0.5
+POLL_S = 0.3  # how often an idle slot asks for work
+ROUND_S = 20.0  # after so long the workers of an idle slot meet, so that none waits in a collective for ever
+TELL_S = 1.0  # at most so often a slot tells its step
+BROKEN_STARTS = 3  # slots in a row that broke before they took an identity: then nothing can be trained
 
 
 def set_environment(recipe: Recipe) -> None:
@@ -36,70 +40,75 @@ def set_environment(recipe: Recipe) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own notes between the progress bars
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")  # a dozen actors on two cores are no mistake
     if recipe.resources.threads:
         os.environ.setdefault("OMP_NUM_THREADS", str(recipe.resources.threads))
 
 
-def train(recipe: Recipe, run: Run, tasks: list[Task], display: Display) -> dict[str, Outcome]:
-    """Train all tasks in `recipe.resources.slots` slots; how each ended, by task id.
+class Slots:
+    """The slots of one job. The driver calls `adjust` again and again; everything else happens in the slots."""
 
-    A slot that ends with an error leaves its task to the next round of slots, until the task's attempts are used up.
-    Slots that break before they take a task, as with a model that cannot be loaded, fail all that still wait.
-    """
-    if not tasks:
-        return {}
-    name = f"magicid-queue-{uuid.uuid4().hex[:8]}"
-    queue: Any = ray.remote(FairQueue).options(name=name, num_cpus=0).remote(tasks, recipe.resources.max_failures + 1)  # type: ignore[call-overload]
-    try:
-        while True:
-            before = _attempts(queue)
-            errors = _round(recipe, run, name, queue, min(recipe.resources.slots, len(tasks)), display)
-            if errors and _attempts(queue) == before:
-                ray.get(queue.fail_waiting.remote(errors[0]))
-            outcomes: dict[str, Outcome] = ray.get(queue.outcomes.remote())
-            if not any(outcome.state == "waiting" for outcome in outcomes.values()):
-                return outcomes
-            display.say(f"training slots start again: {errors[0] if errors else 'tasks are left'}", "yellow")
-    finally:
-        ray.kill(queue)
+    def __init__(self, recipe: Recipe, run: Run, work: tuple[str, Any]) -> None:
+        self.recipe, self.run = recipe, run
+        self._work_name, self._work = work
+        self._threads: dict[str, threading.Thread] = {}
+        self._held: dict[str, Held] = {}
+        self._broken, self._last_error = 0, ""
+        self._took: set[str] = set()
+        self._problem = ""
 
+    def adjust(self, waiting: int, held: dict[str, Held]) -> str:
+        """Start slots until there are as many as there is work for; returns what went wrong since the last call.
 
-def _attempts(queue: Any) -> int:
-    """Attempts of all tasks together."""
-    return sum(outcome.attempts for outcome in ray.get(queue.outcomes.remote()).values())
+        Args:
+            waiting, held: the training queue, as the work actor shows it.
+        """
+        self._held = held
+        self._took |= set(held)
+        self._threads = {slot: thread for slot, thread in self._threads.items() if thread.is_alive()}
+        if self._broken >= BROKEN_STARTS:
+            self._work.call.remote(TRAINING, "fail_waiting", self._last_error)
+            self._broken = 0
+        wanted = min(self.recipe.resources.slots, waiting + len(held))
+        for _ in range(wanted - len(self._threads)):
+            slot = f"slot-{uuid.uuid4().hex[:8]}"
+            self._threads[slot] = threading.Thread(target=self._fit, args=(slot,), daemon=True)
+            self._threads[slot].start()
+        problem, self._problem = self._problem, ""
+        return problem
 
+    def join(self, timeout_s: float = 60) -> None:
+        """Wait for the slots that were sent home."""
+        end = time.monotonic() + timeout_s
+        for thread in self._threads.values():
+            thread.join(max(0.0, end - time.monotonic()))
 
-def _round(recipe: Recipe, run: Run, name: str, queue: Any, count: int, display: Display) -> list[str]:
-    """Run the slots until each has ended; the errors of those that broke."""
-    errors: list[str] = []
-
-    def fit(slot: str) -> None:
+    def _fit(self, slot: str) -> None:
         try:
-            _trainer(recipe, run, name, slot).fit()
+            _trainer(self.recipe, self.run, self._work_name, slot).fit()
         except Exception as error:  # the slot is gone; its identity goes back to the queue
-            errors.append(f"{type(error).__name__}: {error}")
-            ray.get(queue.release.remote(slot, errors[-1]))
+            self._last_error = f"{type(error).__name__}: {error}"
+            self._broken = 0 if slot in self._took else self._broken + 1
+            self._problem = self._last_error
+            self._work.call.remote(TRAINING, "release", slot, self._last_error, counted=not self._machine_lost(slot))
+        else:
+            self._broken = 0
 
-    threads = [threading.Thread(target=fit, args=(f"slot-{number}",), daemon=True) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        for task_id, outcome in ray.get(queue.outcomes.remote()).items():
-            if outcome.state == "running":
-                note = "  ".join(f"{key} {value:.3g}" for key, value in outcome.metrics.items())
-                display.show(f"{outcome.stage} {task_id}", outcome.step, outcome.steps, note)
-        time.sleep(POLL_S)
-    return errors
+    def _machine_lost(self, slot: str) -> bool:
+        """Whether the slot's machine is gone, which is nothing its identity could be blamed for."""
+        held = self._held.get(slot)
+        node = held.note.get("node") if held else None
+        return node is not None and not any(n["NodeID"] == node and n["Alive"] for n in ray.nodes())
 
 
-def _trainer(recipe: Recipe, run: Run, queue_name: str, slot: str) -> TorchTrainer:
+def _trainer(recipe: Recipe, run: Run, work_name: str, slot: str) -> TorchTrainer:
     resources = recipe.resources
     per_worker = {"CPU": resources.worker_cpus, **({"GPU": resources.worker_gpus} if resources.worker_gpus else {})}
     filesystem, path = _filesystem(run.path("ray_train"))
     return TorchTrainer(
         slot_loop,
         train_loop_config={
-            "recipe": recipe.model_dump(mode="json"), "run": run.location, "queue": queue_name, "slot": slot,
+            "recipe": recipe.model_dump(mode="json"), "run": run.location, "work": work_name, "slot": slot,
         },
         # nccl refuses two ranks on one GPU, which a share of a GPU may mean
         torch_config=TorchConfig(backend="nccl" if resources.worker_gpus >= 1 else "gloo"),
@@ -107,10 +116,10 @@ def _trainer(recipe: Recipe, run: Run, queue_name: str, slot: str) -> TorchTrain
             num_workers=resources.workers_per_slot, use_gpu=resources.worker_gpus > 0, resources_per_worker=per_worker
         ),
         run_config=RunConfig(
-            name=f"{queue_name}-{slot}-{uuid.uuid4().hex[:6]}",
+            name=f"{work_name}-{slot}",
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=resources.max_failures),
+            failure_config=FailureConfig(max_failures=0),  # the queue counts tries, of identities and not of slots
         ),
     )  # fmt: skip
 
@@ -121,28 +130,64 @@ def _filesystem(location: str) -> tuple[PyFileSystem | None, str]:
     return (None if isinstance(filesystem, LocalFileSystem) else PyFileSystem(FSSpecHandler(filesystem))), path
 
 
+class Cancelled(Exception):
+    """The identity in hand is no longer this slot's."""
+
+
 def slot_loop(config: dict[str, Any]) -> None:
-    """The train function of one worker: take an identity, train it, take the next, until none waits."""
+    """The train function of one worker: take an identity, train it, take the next, until sent home."""
     from ray_jobs.slot_worker import SlotWorker
 
-    queue, slot = ray.get_actor(config["queue"]), config["slot"]
-    rank = ray.train.get_context().get_world_rank()
+    work, slot = ray.get_actor(config["work"]), config["slot"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
     worker = SlotWorker(Recipe.model_validate(config["recipe"]), Run(config["run"]))
     while True:
         # rank 0 asks the queue, all ranks take the same task
-        task = ray.train.collective.broadcast_from_rank_zero(ray.get(queue.take.remote(slot)) if rank == 0 else None)
-        if task is None:
+        name = ray.train.collective.broadcast_from_rank_zero(_next(work, slot) if rank == 0 else None)
+        if name == END:
             return
-
-        def progress(step: int, metrics: dict[str, float]) -> None:
-            if rank == 0:
-                queue.progress.remote(slot, step, metrics)
-
+        found: Any = ray.get(work.call.remote(TRAINING, "task", name)) if name else None
+        task: Task | None = found
+        if task is None:
+            continue
+        tell = _Teller(work, slot, task.task_id) if rank == 0 else None
         try:
-            result = worker.train(task, progress)
+            result = worker.train(task, tell or (lambda step, metrics: None))
         except MagicIDError as error:  # this identity stops, with its last good checkpoint; the slot goes on
             if rank == 0:
-                ray.get(queue.fail.remote(slot, str(error)))
+                ray.get(work.call.remote(TRAINING, "fail", slot, str(error)))
+        except Cancelled:
+            if world_size > 1:  # the other workers are in the middle of a step: start them all again
+                raise
         else:
             if rank == 0:
-                ray.get(queue.done.remote(slot, result))
+                ray.get(work.call.remote(TRAINING, "done", slot, result))
+
+
+def _next(work: Any, slot: str) -> str | None:
+    """The id of the next task; END; None when none came for a while."""
+    end = time.monotonic() + ROUND_S
+    while time.monotonic() < end:
+        task = ray.get(work.take.remote(TRAINING, slot))
+        if task is not None:
+            return END if task == END else str(task.task_id)
+        time.sleep(POLL_S)
+    return None
+
+
+class _Teller:
+    """Tells the queue how far a task is, now and then, and hears whether it is still wanted."""
+
+    def __init__(self, work: Any, slot: str, task_id: str) -> None:
+        self.work, self.slot, self.task_id = work, slot, task_id
+        self.node = ray.get_runtime_context().get_node_id()
+        self._told = 0.0
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        if time.monotonic() - self._told < TELL_S:
+            return
+        self._told = time.monotonic()
+        note = {"step": step, "metrics": metrics, "node": self.node}
+        if not ray.get(self.work.call.remote(TRAINING, "progress", self.slot, self.task_id, note)):
+            raise Cancelled

@@ -6,19 +6,26 @@
 | ScoreIdentity   | video_uri                 | embeddings (frames' face embeddings), identity_error        |
 | ScoreMotion     | video_uri                 | motion_reward, motion_error                                 |
 | ScoreSemantics  | video_uri, prompt         | semantics_reward, semantics_error                           |
-| MeasureClips    | video_uri, prompt         | the columns of MetricRow                                    |
+| MeasureClips    | video_uri, prompt         | a MetricRow beside the clip                                 |
 
-A row that fails carries its reason on; it never ends the job. Pixels stay in storage, rows carry URI + SHA-256.
+Rewards look at the clips of the preference repository, metrics at the others; each passes on what is not its own, so
+one pass serves both and the video model is loaded once. A row that fails carries its reason on; it never ends the job.
+One that hangs, or eats memory, ends its process and is given up when its tries are used up. Pixels stay in storage,
+rows carry URI + SHA-256.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 
 from magicid import schema, storage
 from magicid.attempts import Attempts
@@ -27,8 +34,13 @@ from magicid.errors import MagicIDError, RewardError
 from magicid.generation import Generator
 from magicid.recipe import Recipe
 from magicid.run import Run
-from magicid.schema import Clip, Identity, MetricRow, ScoredClip
+from magicid.schema import EVALUATION_CLIP, VALIDATION_CLIP, Clip, MetricRow, ScoredClip
 from magicid.weights import resolve
+from ray_jobs import watchdog
+from ray_jobs.work import CLIPS, END
+
+POLL_S = 0.2  # how often an idle source asks for work
+LAST = Clip("last", "last", None, "", "", "", 0)  # what an idle source sends: the pass may end
 
 
 class Stage:
@@ -48,6 +60,15 @@ class Stage:
         self.run, self.job = Run(run), job
         limit_threads(self.recipe.resources.threads)
         self.setup()
+        watchdog.limit_memory(self.recipe.fleet.memory_limit_gib)
+
+    @contextmanager
+    def timed(self, seconds: dict[str, float]) -> Iterator[None]:
+        """Watch the work on one clip, and note how long it took under the stage's name."""
+        began = time.perf_counter()
+        with watchdog.time_limit(self.recipe.fleet.clip_limit_s):
+            yield
+        seconds[type(self).__name__] = time.perf_counter() - began
 
     def setup(self) -> None:
         """Load the model."""
@@ -70,11 +91,29 @@ class Scorer(Stage):
     def process(self, rows: list[ScoredClip]) -> Iterator[Any]:
         attempts = Attempts(self.run, self.job, self.recipe.repository.attempts)
         for row in rows:
+            if not self.concerns(row):
+                yield self.passed(row)
+                continue
+            seconds = dict(row.seconds)
             try:
                 attempts.begin(f"{type(self).__name__}-{row.identity_id or 'shared'}-{row.clip_id}")
-                yield self.score(row, *self._frames(row))
+                with self.timed(seconds):
+                    scored = self.score(row, *self._frames(row))
             except Exception as error:  # one clip's failure is a value with a reason
-                yield self.failed(row, reason(error))
+                scored = self.failed(row, reason(error))
+            yield self.with_seconds(scored, seconds)
+
+    def concerns(self, row: ScoredClip) -> bool:
+        """Whether this stage looks at the clip."""
+        return row.kind not in (EVALUATION_CLIP, VALIDATION_CLIP, LAST.kind)
+
+    def passed(self, row: ScoredClip) -> Any:
+        """What comes out for a clip that is not this stage's."""
+        return row
+
+    def with_seconds(self, result: Any, seconds: dict[str, float]) -> Any:
+        """The result with the time that was spent on it."""
+        return dataclasses.replace(result, seconds=seconds)
 
     def score(self, row: ScoredClip, frames: np.ndarray, fps: int) -> Any:
         """The row with what this stage adds, from frames uint8 (F, H, W, 3). May raise anything."""
@@ -109,6 +148,24 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+class TakeBlocks:
+    """The pipeline's source: a ticket in, the next few clips out, once somebody wants some; none at the end.
+
+    A ticket that comes again, because a process or a machine was lost, gets the same clips.
+    """
+
+    def __init__(self, work: str) -> None:
+        self.work = ray.get_actor(work)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        holder = f"ticket-{batch.column('item')[0].as_py()}"
+        task: Any = None
+        while (task := ray.get(self.work.take.remote(CLIPS, holder))) is None:
+            time.sleep(POLL_S)
+        rows = schema.to_rows([LAST]) if task == END else task.payload["clips"]
+        return pa.Table.from_pylist(rows, schema=schema.arrow_schema(Clip))
+
+
 class GenerateClips(Stage):
     """Samples the clips that are wanted, or finds the finished ones in storage."""
 
@@ -118,8 +175,13 @@ class GenerateClips(Stage):
         self.generator = Generator(self.recipe, self.run, job=self.job, device=device())
 
     def process(self, rows: list[Clip]) -> Iterator[ScoredClip]:
-        for clip in self.generator.make(rows):
-            yield ScoredClip(**schema.to_row(clip))
+        for row in rows:
+            seconds: dict[str, float] = {}
+            clip = row
+            if row.kind != LAST.kind:
+                with self.timed(seconds):
+                    (clip,) = self.generator.make([row])
+            yield ScoredClip(**schema.to_row(clip), seconds=seconds)
 
 
 class ScoreIdentity(Scorer):
@@ -180,34 +242,74 @@ class ScoreSemantics(Scorer):
         return dataclasses.replace(row, semantics_reward=None, semantics_error=why)
 
 
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """What leaves the pipeline: the clip, and its metrics where it is one to be measured."""
+
+    clip: ScoredClip
+    measured: MetricRow | None = None
+
+
+_FINISHED = pa.schema(
+    [(name, pa.struct(list(schema.arrow_schema(cls)))) for name, cls in (("clip", ScoredClip), ("measured", MetricRow))]
+)
+
+
 class MeasureClips(Scorer):
     """The table's metrics, by networks that no reward used, against the identity that the row names."""
-
-    writes = MetricRow
-
-    def __init__(self, recipe: dict[str, Any], run: str, job: str, identities: list[dict[str, Any]]) -> None:
-        people = [schema.from_row(Identity, row) for row in identities]
-        self.references = {p.identity_id: np.asarray(p.metric_references, np.float32) for p in people}
-        super().__init__(recipe, run, job)
 
     def setup(self) -> None:
         from magicid.evaluation.metrics import Metrics
 
         self.metrics = Metrics.from_recipe(self.recipe, device=device())
+        self.references = functools.lru_cache(maxsize=1000)(self._references)
 
-    def score(self, row: ScoredClip, frames: np.ndarray, fps: int) -> MetricRow:
-        values = self.metrics.measure(frames, fps, row.prompt, self.references[str(row.identity_id)])
-        return schema.from_row(MetricRow, {**values, **self._asked(row), "error": values.get("error")})
+    def _references(self, identity_id: str) -> np.ndarray:
+        return np.asarray(self.run.identity(identity_id).metric_references, np.float32)
 
-    def failed(self, row: ScoredClip, why: str) -> MetricRow:
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        clips = [schema.from_row(ScoredClip, row) for row in batch.to_pylist()]
+        rows = [
+            {"clip": schema.to_row(done.clip), "measured": done.measured and schema.to_row(done.measured)}
+            for done in self.process(clips)
+        ]
+        return pa.Table.from_pylist(rows, schema=_FINISHED)
+
+    def concerns(self, row: ScoredClip) -> bool:
+        return row.kind in (EVALUATION_CLIP, VALIDATION_CLIP) and row.identity_id is not None
+
+    def passed(self, row: ScoredClip) -> Finished:
+        return Finished(row)
+
+    def with_seconds(self, result: Finished, seconds: dict[str, float]) -> Finished:
+        return dataclasses.replace(result, clip=dataclasses.replace(result.clip, seconds=seconds))
+
+    def score(self, row: ScoredClip, frames: np.ndarray, fps: int) -> Finished:
+        values = self.metrics.measure(frames, fps, row.prompt, self.references(str(row.identity_id)))
+        return Finished(row, schema.from_row(MetricRow, {**values, **self._asked(row), "error": values.get("error")}))
+
+    def failed(self, row: ScoredClip, why: str) -> Finished:
         empty = dict.fromkeys(("face_sim", "face_detect_rate", "dynamic_magnitude", "prompt_score"))
         sizes = {key: getattr(self.recipe.sampling, key) for key in ("fps", "frames", "height", "width")}
-        return schema.from_row(MetricRow, {**self._asked(row), **empty, **sizes, "error": why})
+        return Finished(row, schema.from_row(MetricRow, {**self._asked(row), **empty, **sizes, "error": why}))
 
     @staticmethod
     def _asked(row: ScoredClip) -> dict[str, Any]:
         names = ("clip_id", "identity_id", "method", "prompt", "seed", "video_uri")
         return {name: getattr(row, name) for name in names}
+
+
+def finished(batch: pa.Table) -> list[Finished]:
+    """Rows as they leave the pipeline, whether its last stage was a reward or the metrics."""
+    if batch.column_names != _FINISHED.names:
+        return [Finished(schema.from_row(ScoredClip, row)) for row in batch.to_pylist()]
+    return [
+        Finished(
+            schema.from_row(ScoredClip, row["clip"]),
+            schema.from_row(MetricRow, row["measured"]) if row["measured"] else None,
+        )
+        for row in batch.to_pylist()
+    ]
 
 
 def reason(error: Exception) -> str:

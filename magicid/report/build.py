@@ -65,12 +65,13 @@ class PersonView:
     pair_counts: dict[str, int] = field(default_factory=dict)
 
 
-def build_report(run: Run) -> str:
+def build_report(run: Run, limit: int = 50) -> str:
     """The report as one HTML file without references to anything outside it.
 
-    Works on unfinished runs: a part that is missing or unreadable is named as such in the page.
+    Of more identities than `limit` it shows the first. Works on unfinished runs: a part that is missing or unreadable is
+    named as such in the page.
     """
-    contents = read(run)
+    contents = read(run, limit)
     media = Media(run)
     shown = max(1, min(PROMPTS_SHOWN, ROWS_SHOWN // max(1, len(contents.people))))
     estimates = table(contents.evaluation)
@@ -98,6 +99,7 @@ def build_report(run: Run) -> str:
         adapters=sum(len(person.manifests) for person in contents.people),
         reasons=_reasons(contents.rejected),
         left_out=media.left_out,
+        people_left_out=contents.left_out,
         clips_json=json.dumps(media.clips),
     )
 

@@ -53,6 +53,7 @@ class Contents:
     clips: int
     rejected: list[Rejected]
     unreadable: list[str] = field(default_factory=list)
+    left_out: int = 0  # identities beyond the limit
 
     @property
     def bases(self) -> list[str]:
@@ -61,8 +62,8 @@ class Contents:
         return sorted(set(found))
 
 
-def read(run: Run) -> Contents:
-    """Read a run directory, finished or not."""
+def read(run: Run, limit: int) -> Contents:
+    """Read a run directory, finished or not; of more than `limit` identities, the first."""
     unreadable: list[str] = []
 
     def attempt(make: Callable[[], T], otherwise: T) -> T:
@@ -77,28 +78,37 @@ def read(run: Run) -> Contents:
 
     marker: dict[str, Any] = attempt(lambda: storage.read_json(run.path("run.json")), {}) if run.has("run.json") else {}
     toml = attempt(lambda: storage.read_bytes(run.path("recipe.toml")).decode(), "") if run.has("recipe.toml") else ""
-    scored = _latest(attempt(lambda: run.read_parts("scored", ScoredClip), []))
-    evaluation = _one_each(attempt(lambda: run.read_parts("evaluation", MetricRow), []))
-    rejected = table("rejected.parquet", Rejected) or table("identities/rejected.parquet", Rejected)
 
-    def person(identity: Identity) -> Person:
-        name = identity.identity_id
+    def clips(folder: str) -> list[ScoredClip]:
+        return _latest(attempt(lambda: run.read_parts(f"scored/{folder}", ScoredClip), []))
+
+    shared = clips("_shared")
+    rejected = table("rejected.parquet", Rejected)
+
+    def person(name: str) -> Person | None:
+        identity = attempt(lambda: run.identity(name), None)
+        if identity is None:
+            return None
         steps, undecoded = _validation(run, name)
         logs = {stage: _log(attempt, run, training_uri(name, stage, "log.parquet")) for stage in STAGES}
         files = storage.list_files(run.path("adapters", name), "manifest.json")
         manifests = [attempt(partial(storage.read_json, file), None) for file in files]
         return Person(
             identity=identity,
-            clips=_of_person(identity, scored),
+            clips=_of_person(identity, clips(name), shared),
             pairs=table(f"pairs/{name}.parquet", Pair) if run.has(f"pairs/{name}.parquet") else None,
             dropped=table(f"pairs/{name}.rejected.parquet", Rejected),
             logs={stage: rows for stage, rows in logs.items() if rows},
             validation=steps,
             undecoded=undecoded,
-            evaluation=[row for row in evaluation if row.identity_id == name],
+            evaluation=_one_each(attempt(lambda: run.read_parts(f"evaluation/{name}", MetricRow), [])),
             manifests=sorted((m for m in manifests if isinstance(m, dict) and m), key=lambda m: str(m.get("created"))),
         )
 
+    none: list[str] = []
+    names = attempt(run.identity_ids, none)
+    people = [found for name in names[:limit] if (found := person(name)) is not None]
+    evaluation = [row for found in people for row in found.evaluation]
     return Contents(
         run=run,
         recipe_name=str(marker.get("recipe", "unknown recipe")),
@@ -106,11 +116,13 @@ def read(run: Run) -> Contents:
         version=str(marker.get("magicid", "unknown")),
         begun=_modified(run, "run.json"),
         ended=_modified(run, "rejected.parquet"),
-        people=[person(identity) for identity in table("identities/identities.parquet", Identity)],
+        people=people,
         evaluation=evaluation,
-        clips=len(scored) + len({row.clip_id for row in evaluation if row.error is None}),
+        clips=len({clip.clip_id for found in people for clip in found.clips})
+        + len({row.clip_id for row in evaluation if row.error is None}),
         rejected=rejected,
         unreadable=unreadable,
+        left_out=len(names) - len(people),
     )
 
 
@@ -135,10 +147,10 @@ def _one_each(rows: list[MetricRow]) -> list[MetricRow]:
     return sorted(kept.values(), key=lambda row: (row.identity_id, row.seed, row.prompt))
 
 
-def _of_person(identity: Identity, scored: list[ScoredClip]) -> list[ScoredClip]:
-    own = [clip for clip in scored if clip.identity_id == identity.identity_id and clip.error is None]
+def _of_person(identity: Identity, own: list[ScoredClip], shared: list[ScoredClip]) -> list[ScoredClip]:
+    own = [clip for clip in own if clip.error is None]
     prompts = {clip.prompt for clip in own}
-    shared = [clip for clip in scored if clip.kind == BASE_CLIP and clip.error is None]
+    shared = [clip for clip in shared if clip.kind == BASE_CLIP and clip.error is None]
     # V_s are made once for each class word: this person's are those under the prompts of its own clips.
     shared = [clip for clip in shared if clip.prompt in prompts] or shared
     return with_identity_reward(own + shared, identity.references) if identity.references else own + shared

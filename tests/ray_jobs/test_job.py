@@ -12,7 +12,7 @@ import pytest
 
 from magicid import storage
 from magicid.run import Run
-from magicid.schema import Identity, MetricRow, Rejected, ScoredClip
+from magicid.schema import MetricRow, Rejected, ScoredClip
 from tests.ray_jobs import job
 
 EXAMPLES = job.ROOT / "examples" / "identities"
@@ -53,7 +53,7 @@ def finished(people: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_good_identity_is_published_and_the_bad_ones_are_named(finished: Path) -> None:
     run = Run(str(finished))
-    assert [p.identity_id for p in run.read("identities/identities.parquet", Identity)] == ["ada"]
+    assert run.identity_ids() == ["ada"]
     reasons = {(r.kind, r.name): r.problem for r in run.read("rejected.parquet", Rejected)}
     assert ("identity", "empty") in reasons
     assert any(name == "../escape" for _, name in reasons)

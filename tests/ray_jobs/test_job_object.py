@@ -1,39 +1,13 @@
-"""What a stage leaves when it fails, and where a run may lie."""
+"""Where a run may lie, and what is said of an error."""
 
 from __future__ import annotations
 
-import io
 import os
-from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from magicid import recipe
 from magicid.errors import RewardError, StorageError
-from magicid.run import Run
-from ray_jobs.job import Job, cause, run_location
-from ray_jobs.progress import Display
-
-
-def test_a_late_stage_that_fails_is_set_aside_and_the_rest_goes_on(tmp_path: Path) -> None:
-    output = io.StringIO()
-    job = Job(recipe.load("face-world"), Run(str(tmp_path)), Display(Console(file=output)), "base")
-
-    def known() -> int:
-        raise RewardError("no metric model", "put it there")
-
-    def unknown() -> int:
-        raise RuntimeError("trace\n\n  out of luck\n")
-
-    assert job.attempt("evaluation", known, 1) == 1
-    assert job.attempt("report", unknown, 2) == 2
-    assert job.attempt("report", lambda: 3, 2) == 3
-    assert [(r.name, r.problem) for r in job.rejected] == [
-        ("evaluation", "no metric model"),
-        ("report", "RuntimeError: out of luck"),
-    ]
-    assert "set aside stage report" in output.getvalue()
+from ray_jobs.job import cause, run_location
 
 
 def test_a_submitted_job_does_not_write_into_its_copy_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +21,5 @@ def test_a_submitted_job_does_not_write_into_its_copy_of_the_code(monkeypatch: p
 
 def test_a_cause_is_one_line() -> None:
     assert cause(ValueError("")) == "ValueError: no message"
+    assert cause(RuntimeError("trace\n\n  out of luck\n")) == "RuntimeError: out of luck"
+    assert cause(RewardError("no metric model", "put it there")) == "no metric model"

@@ -75,8 +75,8 @@ def test_a_production_recipe_runs_on_a_tiny_folder(name: str, tmp_path: Path) ->
 
     worker = SlotWorker(recipe, run, engine="torch")
     steps: list[int] = []
-    payload = {"identity_id": "ada", "overrides": {}, "examples": photo_examples(made, ada)}
-    worker.train(Task("ada", "team", "sft", 2, payload=payload), lambda step, metrics: steps.append(step))
+    payload = {"identity_id": "ada", "overrides": {}, "stage": "sft", "examples": photo_examples(made, ada)}
+    worker.train(Task("ada/sft", "team", 2, payload=payload), lambda step, metrics: steps.append(step))
     sft_uri = training_uri("ada", "sft", WEIGHTS_FILE)
     sft = AdapterRef(sft_uri, storage.sha256_bytes(storage.read_bytes(run.path(sft_uri))))
     trained = through(generate, repository.trained_clips(recipe, base, prompts, ada, sft), Clip)
@@ -88,9 +88,9 @@ def test_a_production_recipe_runs_on_a_tiny_folder(name: str, tmp_path: Path) ->
         still.clip_id, still.kind, str(still.latents_uri), [0.9, 0.0, 5.0],
         moving.clip_id, moving.kind, str(moving.latents_uri), [0.1, 1.0, 5.0],
     )  # fmt: skip
-    payload = {"identity_id": "ada", "overrides": {}, "examples": [schema.to_row(pair)]}
-    worker.train(Task("ada", "team", "hpo", 2, payload=payload), lambda step, metrics: steps.append(step))
-    assert steps == [1, 2, 1, 2]
+    payload = {"identity_id": "ada", "overrides": {}, "stage": "hpo", "examples": [schema.to_row(pair)]}
+    worker.train(Task("ada/hpo", "team", 2, payload=payload), lambda step, metrics: steps.append(step))
+    assert steps == [0, 1, 2, 0, 1, 2]
     log = storage.read_table(run.path(training_uri("ada", "hpo", "log.parquet")))
     assert log[-1]["step"] == 2
     validation = run.path(training_uri("ada", "hpo", "validation/step-000002.safetensors"))

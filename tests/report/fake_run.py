@@ -19,7 +19,7 @@ from PIL import Image
 
 from magicid import recipe, storage
 from magicid.clips import encode_mp4
-from magicid.run import Run, clip_uri, training_uri
+from magicid.run import Run, clip_uri, identity_uri, training_uri
 from magicid.schema import (
     BASE_CLIP,
     STATIC_CLIP,
@@ -52,12 +52,13 @@ def fill(location: str, names: tuple[str, ...] = ("ada", "bruno"), *, takes: int
     run, rng = Run(location), np.random.default_rng(3)
     run.open(recipe.load("face-world"), "b" * 64)
     people = [_identity(run, name, rng) for name in names]
-    run.write("identities/identities.parquet", people, Identity)
+    for person in people:
+        run.write(identity_uri(person.identity_id), [person], Identity)
     shared = [_scored(run, BASE_CLIP, None, k, rng, people[0]) for k in range(12)]
     for person in people:
         own = [_scored(run, TRAINED_CLIP, person, k, rng, person) for k in range(24)]
         own += [_scored(run, STATIC_CLIP, person, k, rng, person) for k in range(len(person.photos))]
-        run.append("scored", own, ScoredClip)
+        run.append(f"scored/{person.identity_id}", own, ScoredClip)
         if pairs:
             selected = select_pairs(
                 person.identity_id,
@@ -68,14 +69,14 @@ def fill(location: str, names: tuple[str, ...] = ("ada", "bruno"), *, takes: int
             run.write(f"pairs/{person.identity_id}.rejected.parquet", selected.dropped, Rejected)
         for method in ("base", "sft", "hpo"):
             rows = [_measured(run, person, method, k, rng) for k in range(takes)]
-            run.append("evaluation", rows, MetricRow)
+            run.append(f"evaluation/{person.identity_id}", rows, MetricRow)
         _log(run, person.identity_id, "sft", [_sft_row(k, rng) for k in range(5, 85, 5)])
         _log(run, person.identity_id, "hpo", [_hpo_row(k, rng) for k in range(5, 125, 5)])
         for step in (60, 120):
             uri = training_uri(person.identity_id, "hpo", f"validation/step-{step:06d}.mp4")
             storage.write_bytes(run.path(uri), encode_mp4(_moving(person.identity_id, step / 20), FPS))
         _manifest(run, person)
-    run.append("scored", shared, ScoredClip)
+    run.append("scored/_shared", shared, ScoredClip)
     run.write("rejected.parquet", [Rejected("identity", "eve", "photo-2.png is empty", "give another photo")], Rejected)
     return run
 

@@ -16,7 +16,7 @@ from magicid.clips import decode_mp4, encode_mp4
 from magicid.evaluation.table import Estimate, table
 from magicid.report import build_report, comparison, curves, media, svg
 from magicid.report.pareto import fronts
-from magicid.run import Run
+from magicid.run import Run, identity_uri
 from magicid.schema import Identity, MetricRow, Pair, Rejected
 from tests.report.fake_run import fill
 
@@ -80,13 +80,13 @@ def test_the_clips_in_the_page_are_the_runs(run: Run, page: str) -> None:
 
 def test_text_of_users_is_escaped(tmp_path: Path) -> None:
     run = fill(str(tmp_path), ("ada",), takes=1)
-    person = run.read("identities/identities.parquet", Identity)[0]
+    person = run.identity("ada")
     changed = Identity(
         **{**vars(person), "owner": HOSTILE, "warnings": [HOSTILE], "consent": HOSTILE, "class_word": HOSTILE}
     )
-    run.write("identities/identities.parquet", [changed], Identity)
+    run.write(identity_uri("ada"), [changed], Identity)
     row = run.read_parts("evaluation", MetricRow)[0]
-    run.append("evaluation", [MetricRow(**{**vars(row), "prompt": HOSTILE, "method": "sft", "seed": 1})], MetricRow)
+    run.append("evaluation/ada", [MetricRow(**{**vars(row), "prompt": HOSTILE, "method": "sft", "seed": 1})], MetricRow)
     run.write("rejected.parquet", [Rejected("identity", HOSTILE, HOSTILE, HOSTILE)], Rejected)
     pairs = run.read("pairs/ada.parquet", Pair)
     run.write("pairs/ada.parquet", [Pair(**{**vars(pair), "prompt": HOSTILE}) for pair in pairs], Pair)
@@ -99,9 +99,9 @@ def test_text_of_users_is_escaped(tmp_path: Path) -> None:
 def test_an_identity_id_is_escaped_everywhere(tmp_path: Path) -> None:
     name = "<img onerror=alert(1)>'\"&"
     run = Run(str(tmp_path))
-    run.write("identities/identities.parquet", [Identity(name, "o", ["identities/x/photo-1.png"])], Identity)
+    run.write(identity_uri(name), [Identity(name, "o", ["identities/x/photo-1.png"])], Identity)
     row = MetricRow("c", name, "hpo", "p", 1, 0.5, 1.0, 2.0, None, 8, 13, 48, 48, None, "gave up")
-    run.append("evaluation", [row], MetricRow)
+    run.append(f"evaluation/{name}", [row], MetricRow)
     page = build_report(run)
     assert "<img onerror" not in page
     assert "&lt;img onerror=alert(1)&gt;&#39;&#34;&amp;" in page
@@ -149,7 +149,7 @@ def test_unreadable_files_are_named_and_the_rest_is_shown(tmp_path: Path) -> Non
 def test_a_repeated_evaluation_row_counts_once(tmp_path: Path) -> None:
     run = fill(str(tmp_path), ("ada",), takes=3)
     before = build_report(run)
-    run.append("evaluation", run.read_parts("evaluation", MetricRow), MetricRow)
+    run.append("evaluation/ada", run.read_parts("evaluation", MetricRow), MetricRow)
     assert re.findall("<b>[0-9.]+</b>", build_report(run)) == re.findall("<b>[0-9.]+</b>", before)
 
 
@@ -224,7 +224,7 @@ def test_pooling_takes_only_identities_with_every_method() -> None:
 def test_the_fronts_of_the_plot_leave_out_clips_without_a_reward(run: Run) -> None:
     from magicid.report.reading import read
 
-    clips = read(run).people[0].clips
+    clips = read(run, 1).people[0].clips
     missing = {clip.clip_id for clip in clips if clip.identity_reward is None}
     upper, lower = fronts(clips)
     assert len(missing) == 1
@@ -248,5 +248,5 @@ def test_a_trainers_samples_are_not_compared_with_held_out_clips(tmp_path: Path)
     run = fill(str(tmp_path), ("ada",), takes=2)
     before = build_report(run)
     row = MetricRow("c", "ada", "validation", "a person nods", 60, 0.123, 1.0, 4.56, 0.789, 8, 13, 48, 48, None)
-    run.append("evaluation", [row], MetricRow)
+    run.append("evaluation/ada", [row], MetricRow)
     assert build_report(run) == before

@@ -1,0 +1,157 @@
+"""One driver for one run: a lease with a fence, on any storage, without locks and without renames.
+
+    driver/lease-<fence>.json     made by the driver that took this fence, exclusively
+    driver/beat-<fence>.json      written again and again by it while it lives
+
+The highest fence drives. A driver takes the next fence when the one before has released its own, when its process is
+known to be dead, or when its heartbeat did not change for `lease_s` on the watcher's own clock; clocks of two machines
+are never compared. Two who try at once cannot both make the same file. Who was overtaken finds the higher fence at its
+next heartbeat and stops; everything it wrote meanwhile is content-addressed or carries its lower fence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from magicid import storage
+from magicid.errors import LeaseError, StorageError
+from magicid.run import Run
+
+
+class Lease:
+    """The right to drive a run. `take` waits at most `lease_s`; the heartbeat runs in a thread until `release`."""
+
+    def __init__(self, run: Run, fence: int, lease_s: float) -> None:
+        self.run, self.fence, self.lease_s = run, fence, lease_s
+        self._stop = threading.Event()
+        self._lost: str | None = None
+        self._beats = 0
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._beat("driving")
+        self._thread.start()
+
+    @classmethod
+    def take(cls, run: Run, lease_s: float, waiting: Callable[[str], None] = lambda text: None) -> Lease:
+        """Become the driver of a run.
+
+        Args:
+            waiting: told, once, when another driver's heartbeat has to be watched.
+
+        Raises:
+            LeaseError: another driver is at work, or was quicker.
+            StorageError: the run directory cannot be read or written.
+        """
+        before = newest(run)
+        if before is not None:
+            _wait_until_free(run, before, lease_s, waiting)
+        fence = (before["fence"] if before else 0) + 1
+        content = {
+            "fence": fence, "holder": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(),
+            "began": time.time(), "submission": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
+        }  # fmt: skip
+        if not storage.create_bytes(_path(run, "lease", fence), json.dumps(content).encode()):
+            raise LeaseError(
+                f"another driver took {storage.public_name(run.location)} at the same moment",
+                "let it work; `magicid status` shows how far it is",
+            )
+        for old in range(max(1, fence - 3), fence):  # a few old files tell the story, more would only be listed
+            if old < fence - 1:
+                storage.remove(_path(run, "beat", old))
+                storage.remove(_path(run, "lease", old))
+        return cls(run, fence, lease_s)
+
+    def check(self) -> None:
+        """Raises LeaseError when another driver has taken the run."""
+        if self._lost:
+            raise LeaseError(self._lost, "let the other driver work; this one has stopped")
+
+    def release(self) -> None:
+        """Give the run back at once."""
+        if not self._stop.is_set():
+            self._stop.set()
+            self._thread.join()
+            if not self._lost:
+                self._beat("released")
+
+    def _keep(self) -> None:
+        heard = time.monotonic()
+        while not self._stop.wait(self.lease_s / 4):
+            try:
+                if storage.exists(_path(self.run, "lease", self.fence + 1)):
+                    self._lost = f"{storage.public_name(self.run.location)} is driven by another start of the job"
+                    return
+                self._beat("driving")
+                heard = time.monotonic()
+            except StorageError as error:
+                if time.monotonic() - heard > self.lease_s:  # others may rightly think that we are dead
+                    self._lost = f"the heartbeat could not be written for {self.lease_s:.0f} s: {error.problem}"
+                    return
+
+    def _beat(self, state: str) -> None:
+        self._beats += 1
+        content = {"state": state, "number": self._beats, "at": time.time(), "lease_s": self.lease_s}
+        storage.write_json(_path(self.run, "beat", self.fence), content)
+
+
+def newest(run: Run) -> dict[str, Any] | None:
+    """The newest lease with its last heartbeat under `beat` ({} where none is there); None when nobody ever drove."""
+    files = [f for f in storage.list_files(run.path("driver"), ".json") if "/lease-" in f]
+    if not files:
+        return None
+    found: dict[str, Any] = storage.read_json(files[-1])
+    return {**found, "beat": _read_beat(run, found["fence"])}
+
+
+def alive(lease: dict[str, Any] | None) -> bool:
+    """Whether the driver of a lease seems to be at work, by its own clock's heartbeat; for show only."""
+    if lease is None or lease["beat"].get("state") != "driving" or _known_dead(lease):
+        return False
+    return bool(time.time() - lease["beat"]["at"] < lease["beat"]["lease_s"])
+
+
+def _wait_until_free(run: Run, lease: dict[str, Any], lease_s: float, waiting: Callable[[str], None]) -> None:
+    beat = lease["beat"]
+    if beat.get("state") == "released" or _known_dead(lease):
+        return
+    name = f"{lease['host']} (process {lease['pid']})"
+    waiting(f"the last driver, on {name}, did not say goodbye: its heartbeat is watched for {lease_s:g} s")
+    end = time.monotonic() + lease_s
+    while time.monotonic() < end:
+        time.sleep(min(1.0, lease_s / 10))
+        now = _read_beat(run, lease["fence"])
+        if now.get("state") == "released":
+            return
+        if now != beat:
+            raise LeaseError(
+                f"{storage.public_name(run.location)} is being driven on {name}",
+                "let it work; `magicid status` shows how far it is. To drive from here, stop that job first",
+            )
+
+
+def _known_dead(lease: dict[str, Any]) -> bool:
+    """Whether the driver ran on this machine and its process is gone."""
+    if lease["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(lease["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _read_beat(run: Run, fence: int) -> dict[str, Any]:
+    location = _path(run, "beat", fence)
+    return dict(storage.read_json(location)) if storage.exists(location) else {}
+
+
+def _path(run: Run, kind: str, fence: int) -> str:
+    return run.path("driver", f"{kind}-{fence:08d}.json")

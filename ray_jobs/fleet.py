@@ -1,0 +1,354 @@
+"""Many identities on their way at once: admission, the services they share, and the loop that watches it all.
+
+Each identity is one coroutine (`customize.py`), which reads like the method. What it awaits is served by long-lived
+workers that all identities share: the clip pipeline, the training slots, the check of photos. So one identity trains
+while the next is generated and a third is scored. Who may begin, and whose work comes next, is decided by fair queues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import ray
+
+from magicid import adapters, commands, ledger, manifests, storage
+from magicid.errors import MagicIDError, TrainingError
+from magicid.lease import Lease
+from magicid.ledger import Ledger
+from magicid.manifests import ManifestRow
+from magicid.recipe import Recipe
+from magicid.repository import AdapterRef
+from magicid.run import Run, training_uri
+from magicid.schema import Clip, Identity, MetricRow, Prompt, Rejected, ScoredClip
+from ray_jobs import pools, work
+from ray_jobs.intake import Intake
+from ray_jobs.job import cause
+from ray_jobs.pipeline import Pipeline
+from ray_jobs.progress import Display
+from ray_jobs.queue import Ended, FairQueue, Task, due_time
+from ray_jobs.slots import Slots
+from ray_jobs.work import CLIPS, TRAINING, View
+
+T = TypeVar("T")
+WATCH_S = 0.5  # how often queues, slots and pools are looked at
+SHARED = "shared"  # owner of the clips that everybody waits for
+SHOWN_EACH = 8  # up to so many identities have progress bars of their own
+
+
+class Fleet:
+    """What the coroutines of one job share.
+
+    Args:
+        customize: one identity from its manifest row to its adapter; returns the published version.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Run,
+        base_sha256: str,
+        display: Display,
+        lease: Lease,
+        customize: Callable[[Fleet, ManifestRow], Awaitable[str]],
+    ) -> None:
+        self.recipe, self.run, self.base_sha256, self.display, self.lease = recipe, run, base_sha256, display, lease
+        self.name = uuid.uuid4().hex[:12]
+        self.prompts: list[Prompt] = []
+        self.ledger = Ledger(run, lease.fence, may_write=lease.check)
+        self.rejected: list[Rejected] = []
+        self.metrics: list[MetricRow] = []
+        self._customize = customize
+        self._rows: dict[str, ManifestRow] = {}
+        self._ways: dict[str, asyncio.Task[None]] = {}
+        self._shared: dict[Any, asyncio.Task[Any]] = {}
+        self._training: dict[str, asyncio.Future[Ended]] = {}
+        self._admission = FairQueue(weights=recipe.fleet.weights, max_held=_window(recipe))
+        self._looked, self._fingerprint = 0.0, ""
+        self._idle_since: dict[str, float] = {}
+
+    def connect(self) -> None:
+        """Start what the coroutines share; needs a Ray cluster and a running event loop."""
+        name, self.work = work.start(self.recipe)
+        self.pipeline = Pipeline(self.recipe, self.run, self.name, (name, self.work))
+        self.slots = Slots(self.recipe, self.run, (name, self.work))
+        self.intake = Intake(self.recipe, self.run, self.name)
+        self._together = pools.together(self.recipe, ray.cluster_resources())
+
+    # ---- the loop ---------------------------------------------------------------------------------------------
+
+    async def drive(self, manifest: str) -> None:
+        """Customise every identity of a manifest, and those that are added to it meanwhile.
+
+        Raises:
+            ManifestError: it cannot be read at the start.
+            LeaseError: another driver has taken the run.
+        """
+        await self._look_for_people(manifest, first=True)
+        try:
+            while self._ways or len(self._admission):
+                self.lease.check()
+                self._admit()
+                await self._watch()
+                if time.monotonic() - self._looked > self.recipe.fleet.manifest_s:
+                    await self._look_for_people(manifest)
+                await asyncio.sleep(WATCH_S)
+        finally:
+            for way in self._ways.values():
+                way.cancel()
+            self.work.send_home.remote(TRAINING, True)
+        await asyncio.to_thread(self.pipeline.stop)
+        await asyncio.to_thread(self.slots.join)
+
+    async def _look_for_people(self, manifest: str, first: bool = False) -> None:
+        """Take up new rows of the manifest, and what people asked for."""
+        self._looked = time.monotonic()
+        try:
+            fingerprint = await asyncio.to_thread(manifests.fingerprint, manifest)
+            if fingerprint != self._fingerprint:
+                rows, unreadable = await asyncio.to_thread(manifests.read_manifest, manifest)
+                self._fingerprint = fingerprint
+                for bad in unreadable:
+                    if bad not in self.rejected:
+                        self.set_aside(bad.kind, bad.name, MagicIDError(bad.problem, bad.action))
+                for row in rows:
+                    self._arrive(row)
+        except MagicIDError as error:
+            if first:
+                raise
+            self.display.say(f"the manifest cannot be read now, the job goes on: {error}", "yellow")
+        for command in await asyncio.to_thread(lambda: list(commands.pending(self.run))):
+            self._obey(command)
+            await asyncio.to_thread(storage.remove, command.location)
+
+    def _arrive(self, row: ManifestRow) -> None:
+        """A row of the manifest: somebody new, somebody known, or another person under a known id."""
+        if row.id in self._rows:
+            return
+        self._rows[row.id] = row
+        content = storage.sha256_json([row.photos, row.owner, row.class_word, row.overrides])
+        known = self.ledger.records.get(row.id)
+        if known and known.row_sha256 not in ("", content) and known.adapter is not None:
+            changed = f"{row.id} is another row now than when its adapter was made"
+            self.set_aside("identity", row.id, MagicIDError(changed, "give the changed row a new id"))
+            return
+        arrived = known.arrived if known else time.time()
+        self.ledger.update(
+            row.id, owner=row.owner, arrived=arrived, priority=row.priority, deadline=row.deadline, row_sha256=content
+        )
+        if known and known.state == ledger.CANCELLED:
+            return
+        if not known or known.state != ledger.DONE:
+            self.ledger.update(row.id, state=ledger.WAITING, problem=None, action=None, ended=None)
+        self._admission.put(Task(row.id, row.owner, 1.0, self.due(row)))
+
+    def _obey(self, command: commands.Command) -> None:
+        name = command.identity_id
+        record = self.ledger.records.get(name)
+        if record is None:
+            return
+        if command.action == commands.CANCEL and record.state in (ledger.WAITING, ledger.RUNNING):
+            self._admission.cancel(name)
+            self._end(name, state=ledger.CANCELLED)
+            if name in self._ways:
+                self._ways[name].cancel()
+            self.display.say(f"cancelled {name}", "yellow")
+        if (
+            command.action == commands.RETRY
+            and record.state in (ledger.FAILED, ledger.CANCELLED)
+            and name in self._rows
+        ):
+            self.ledger.update(name, state=ledger.WAITING, problem=None, action=None, ended=None, failed_clips=0)
+            self._admission.put(Task(name, record.owner, 1.0, self.due(self._rows[name])))
+
+    def _admit(self) -> None:
+        self._admission.ended()  # the ledger has it
+        while (task := self._admission.take(uuid.uuid4().hex)) is not None:
+            self._ways[task.task_id] = asyncio.create_task(self._way(self._rows[task.task_id]))
+
+    async def _way(self, row: ManifestRow) -> None:
+        """One identity, with whatever happens to it kept in the ledger."""
+        try:
+            version = await self._customize(self, row)
+            if self.ledger.records[row.id].state != ledger.DONE:
+                self._end(row.id, state=ledger.DONE, stage="publish", adapter=version)
+        except MagicIDError as error:
+            self._failed(row.id, error)
+        except ray.exceptions.RayActorError:
+            pass  # the queues are gone, and the loop that watches them ends this start
+        except Exception as error:
+            self._failed(row.id, MagicIDError(cause(error), "submit again to try it again"))
+        finally:
+            self._admission.finish(row.id)
+            self._ways.pop(row.id, None)
+
+    def _failed(self, identity_id: str, error: MagicIDError) -> None:
+        self._end(identity_id, state=ledger.FAILED, problem=error.problem, action=error.action)
+        self.set_aside("identity", identity_id, error)
+
+    def _end(self, identity_id: str, **changes: Any) -> None:
+        self.ledger.update(identity_id, ended=time.time(), **changes)
+
+    async def _watch(self) -> None:
+        """Look at both queues: who ended, how far the others are, and whether machines can be given back."""
+        view: View = await _gotten(self.work.view.remote())
+        for ended in view.ended[TRAINING]:
+            future = self._training.pop(ended.task_id, None)
+            if future is not None and not future.done():
+                future.set_result(ended)
+        for ended in view.ended[CLIPS]:
+            self.pipeline.gave_up(ended)
+        for held in view.held[TRAINING].values():
+            payload = held.task.payload
+            self.progress(payload["identity_id"], payload["stage"], held.note.get("step", 0), held.task.cost,
+                          held.note.get("metrics", {}))  # fmt: skip
+        problem = self.slots.adjust(view.waiting[TRAINING], view.held[TRAINING])
+        if problem:
+            self.display.say(f"a training slot ended: {problem.splitlines()[0]}", "yellow")
+        for queue, idle in (
+            (TRAINING, not view.waiting[TRAINING] and not view.held[TRAINING]),
+            (CLIPS, not self.pipeline.busy),
+        ):
+            since = self._idle_since.setdefault(queue, time.monotonic())
+            if not idle:
+                self._idle_since[queue] = time.monotonic()
+            patience = self.recipe.fleet.slot_idle_s if self._together else 0.0
+            self.work.send_home.remote(queue, idle and time.monotonic() - since >= patience)
+        if self.ledger.problem:
+            self.display.say(f"the ledger could not be written and is tried again: {self.ledger.problem}", "yellow")
+        self._show_all()
+
+    # ---- what one identity awaits -----------------------------------------------------------------------------
+
+    def due(self, row: ManifestRow) -> float:
+        """When an identity is due, for the order within its owner."""
+        fleet = self.recipe.fleet
+        return due_time(
+            self.ledger.records[row.id].arrived, row.priority, row.deadline,
+            ageing_s=fleet.ageing_s, deadline_lead_s=fleet.deadline_lead_s,
+        )  # fmt: skip
+
+    async def once(self, key: Any, make: Callable[[], Awaitable[T]]) -> T:
+        """What is made once for all who ask under the same key; asked again after a failure, it is made again."""
+        task = self._shared.get(key)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = self._shared[key] = asyncio.ensure_future(make())
+        return await asyncio.shield(task)  # type: ignore[no-any-return]
+
+    async def score(self, row: ManifestRow | None, stage: str, folder: str, wanted: Sequence[Clip]) -> list[ScoredClip]:
+        """Generate and score clips; those that were given up are set aside, the others are returned."""
+        show = self._shower(row, stage, len({clip.clip_id for clip in wanted}))
+        rows = await self.pipeline.score(
+            folder, row.owner if row else SHARED, self.due(row) if row else 0.0, wanted, show
+        )
+        for clip in rows:
+            if clip.error is not None:
+                error = MagicIDError(clip.error, "the others go on; run again to try it again")
+                self.set_aside("clip", clip.clip_id, error)
+                if row:
+                    self.ledger.update(row.id, failed_clips=self.ledger.records[row.id].failed_clips + 1)
+        return [clip for clip in rows if clip.error is None]
+
+    async def measure(self, row: ManifestRow, wanted: Sequence[Clip]) -> list[MetricRow]:
+        """Generate and measure evaluation clips."""
+        show = self._shower(row, "evaluation", len({clip.clip_id for clip in wanted}))
+        return await self.pipeline.measure(f"evaluation/{row.id}", row.owner, self.due(row), wanted, show)
+
+    async def train(
+        self, row: ManifestRow, person: Identity, stage: str, steps: int, examples: list[dict[str, Any]]
+    ) -> AdapterRef:
+        """Train one identity through one stage in a slot; returns the adapter.
+
+        Raises:
+            TrainingError: it was given up; the reason is the last one.
+        """
+        uri = training_uri(person.identity_id, stage, adapters.WEIGHTS_NAME)
+        if not await asyncio.to_thread(self.run.has, uri):
+            payload = {
+                "identity_id": person.identity_id, "overrides": person.overrides, "stage": stage, "examples": examples,
+            }  # fmt: skip
+            task = Task(f"{person.identity_id}/{stage}", row.owner, float(steps), self.due(row), payload)
+            self.progress(row.id, stage, 0, steps)
+            future = self._training[task.task_id] = asyncio.get_running_loop().create_future()
+            self.work.put.remote(TRAINING, [task])
+            try:
+                ended: Ended = await future
+            except asyncio.CancelledError:
+                self.work.call.remote(TRAINING, "cancel", task.task_id)
+                raise
+            self._account(row.id, stage, ended)
+            if ended.state != "done":
+                raise TrainingError(f"{stage} failed: {ended.error}", "its last good checkpoint is kept; run again")
+        self.progress(row.id, stage, steps, steps)
+        return AdapterRef(uri, await asyncio.to_thread(_sha256, self.run.path(uri)))
+
+    def _account(self, identity_id: str, stage: str, ended: Ended) -> None:
+        record = self.ledger.records[identity_id]
+        self.ledger.update(identity_id, attempts={**record.attempts, stage: float(ended.attempts)})
+        resources = self.recipe.resources
+        devices = resources.workers_per_slot * max(1.0, resources.worker_gpus)
+        self.ledger.add_seconds(identity_id, stage, ended.seconds * devices)
+
+    def set_aside(self, kind: str, name: str, error: MagicIDError) -> None:
+        """Report something that cannot be used, and go on."""
+        self.rejected.append(Rejected(kind, name, error.problem, error.action))
+        self.display.say(f"set aside {kind} {name}: {error}", "yellow")
+
+    # ---- progress ---------------------------------------------------------------------------------------------
+
+    def progress(
+        self, identity_id: str, stage: str, done: float, total: float, metrics: dict[str, float] | None = None
+    ) -> None:
+        """Note how far an identity is."""
+        record = self.ledger.records[identity_id]
+        if record.state in (ledger.WAITING, ledger.RUNNING):
+            self.ledger.update(
+                identity_id, state=ledger.RUNNING, stage=stage, done=float(done), total=float(total),
+                began=record.began or time.time(),
+            )  # fmt: skip
+        if len(self._rows) <= SHOWN_EACH and total > 1:
+            note = "  ".join(f"{key} {value:.3g}" for key, value in (metrics or {}).items())
+            self.display.show(f"{stage} {identity_id}", int(done), int(total), note)
+
+    def _shower(self, row: ManifestRow | None, stage: str, total: int) -> Callable[[Any], None]:
+        """A callback for each finished clip: progress, and the time it took, to the identity's account."""
+        count = 0
+
+        def show(clip: Any) -> None:
+            nonlocal count
+            count += 1
+            if row is None:
+                self.display.show(stage, count, total)
+                return
+            self.progress(row.id, stage, count, total)
+            for name, seconds in getattr(clip, "seconds", {}).items():
+                self.ledger.add_seconds(row.id, name, seconds)
+
+        return show
+
+    def _show_all(self) -> None:
+        records = self.ledger.records.values()
+        states = Counter(record.state for record in records)
+        if len(self._rows) > SHOWN_EACH:
+            stages = Counter(record.stage for record in records if record.state == ledger.RUNNING)
+            note = ", ".join(f"{count} in {stage}" for stage, count in stages.items() if stage)
+            ended = sum(states[state] for state in (ledger.DONE, ledger.FAILED, ledger.CANCELLED))
+            self.display.show("identities", ended, len(records), note)
+
+
+def _window(recipe: Recipe) -> int:
+    """Identities under way at once: each slot has one in hand and one or two that are made ready for it."""
+    return recipe.fleet.window or 3 * recipe.resources.slots + 2
+
+
+def _sha256(location: str) -> str:
+    return storage.sha256_bytes(storage.read_bytes(location))
+
+
+async def _gotten(reference: Any) -> Any:
+    """An object of Ray's, awaited."""
+    return await asyncio.wrap_future(reference.future())
