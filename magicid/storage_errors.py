@@ -92,7 +92,7 @@ def _server(error: BaseException) -> tuple[str, int]:
         code = str(response.get("Error", {}).get("Code") or "")
         return code, int(status or (code if code.isdigit() else 0))
     status = getattr(error, "code", None) or getattr(error, "status", None)  # gcsfs, aiohttp
-    return "", int(status) if str(status).isdigit() else 0
+    return "", int(str(status)) if str(status).isdigit() else 0
 
 
 def _types(error: BaseException) -> set[str]:

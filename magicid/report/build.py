@@ -68,8 +68,8 @@ class PersonView:
 def build_report(run: Run, limit: int = 50) -> str:
     """The report as one HTML file without references to anything outside it.
 
-    Of more identities than `limit` it shows the first. Works on unfinished runs: a part that is missing or unreadable is
-    named as such in the page.
+    Of more identities than `limit` it shows the first. Works on unfinished runs: a part that is missing or unreadable
+    is named as such in the page.
     """
     contents = read(run, limit)
     media = Media(run)
