@@ -30,7 +30,7 @@ class Lease:
 
     def __init__(self, run: Run, fence: int, lease_s: float) -> None:
         self.run, self.fence, self.lease_s = run, fence, lease_s
-        self._stop = threading.Event()
+        self._stop, self._looking, self._heard = threading.Event(), threading.Lock(), 0.0
         self._lost: str | None = None
         self._beats = 0
         self._thread = threading.Thread(target=self._keep, daemon=True)
@@ -68,7 +68,9 @@ class Lease:
         return cls(run, fence, lease_s)
 
     def check(self) -> None:
-        """Raises LeaseError when another driver has taken the run."""
+        """Raises LeaseError when another driver has taken the run; looks itself where the heartbeat is late."""
+        if self._lost is None and time.monotonic() - self._heard > self.lease_s / 2:
+            self._look()
         if self._lost:
             raise LeaseError(self._lost, "let the other driver work; this one has stopped")
 
@@ -81,23 +83,26 @@ class Lease:
                 self._beat("released")
 
     def _keep(self) -> None:
-        heard = time.monotonic()
-        while not self._stop.wait(self.lease_s / 4):
+        while not self._lost and not self._stop.wait(self.lease_s / 4):
+            self._look()
+
+    def _look(self) -> None:
+        """See whether the run is still ours, and say that we live."""
+        with self._looking:
             try:
                 if storage.exists(_path(self.run, "lease", self.fence + 1)):
                     self._lost = f"{storage.public_name(self.run.location)} is driven by another start of the job"
-                    return
-                self._beat("driving")
-                heard = time.monotonic()
+                else:
+                    self._beat("driving")
             except StorageError as error:
-                if time.monotonic() - heard > self.lease_s:  # others may rightly think that we are dead
+                if time.monotonic() - self._heard > self.lease_s:  # others may rightly think that we are dead
                     self._lost = f"the heartbeat could not be written for {self.lease_s:.0f} s: {error.problem}"
-                    return
 
     def _beat(self, state: str) -> None:
-        self._beats += 1
+        began, self._beats = time.monotonic(), self._beats + 1
         content = {"state": state, "number": self._beats, "at": time.time(), "lease_s": self.lease_s}
         storage.write_json(_path(self.run, "beat", self.fence), content)
+        self._heard = began
 
 
 def newest(run: Run) -> dict[str, Any] | None:

@@ -173,8 +173,8 @@ def write_bytes(location: str | Path, data: bytes) -> str:
 def create_bytes(location: str | Path, data: bytes) -> bool:
     """Write a file only if none is there, atomically; False when it exists.
 
-    Of any number of callers, on any machines, one gets True. On local disks by a hard link, on S3 by `If-None-Match`, on
-    GCS by `ifGenerationMatch`. True also when the answer to a write that went well was lost on the way.
+    Of any number of callers, on any machines, one gets True. On local disks by a hard link, on S3 by `If-None-Match`,
+    on GCS by `ifGenerationMatch`. True also when the answer to a write that went well was lost on the way.
 
     Raises:
         StorageError: as `write_bytes`, or the storage cannot create exclusively.

@@ -1,8 +1,8 @@
 """What an error of a storage means: whether it passes by itself, and what a person can do about it.
 
-Local disks, S3 and GCS raise dozens of types, of packages that may not be installed: they are told apart by the code the
-server gave, by `errno`, and by the names of their classes. Codes: Amazon S3 API reference, "Error responses"; Google
-Cloud Storage, "HTTP status and error codes for JSON".
+Local disks, S3 and GCS raise dozens of types, of packages that may not be installed: they are told apart by the code
+the server gave, by `errno`, and by the names of their classes. Codes: Amazon S3 API reference, "Error responses";
+Google Cloud Storage, "HTTP status and error codes for JSON".
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _LASTING_TYPES = frozenset({"SSLError", "ClientSSLError", "InvalidProxyConfigura
 
 _RENEW = "renew the credentials (for S3 e.g. `aws sso login`, for GCS `gcloud auth application-default login`)"
 _LOG_IN = (
-    "give credentials: for S3 a profile, a role or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for GCS a service account "
-    "in GOOGLE_APPLICATION_CREDENTIALS; on every node"
+    "give credentials: for S3 a profile, a role or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for GCS a service "
+    "account in GOOGLE_APPLICATION_CREDENTIALS; on every node"
 )
 _ALLOW = "let these credentials list, read, write and delete there, or use others"
 _ROOM = "free some space or raise the quota, or choose another location"
@@ -91,8 +91,8 @@ def _server(error: BaseException) -> tuple[str, int]:
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0
         code = str(response.get("Error", {}).get("Code") or "")
         return code, int(status or (code if code.isdigit() else 0))
-    status = getattr(error, "code", None) or getattr(error, "status", None)  # gcsfs, aiohttp
-    return "", int(str(status)) if str(status).isdigit() else 0
+    status = str(getattr(error, "code", None) or getattr(error, "status", None))  # gcsfs, aiohttp
+    return "", int(status) if status.isdigit() else 0
 
 
 def _types(error: BaseException) -> set[str]:

@@ -162,11 +162,15 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
 
 def submit(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """`ray job submit --working-dir . -- ...` from the checkout; waits for the job's end."""
-    ray = Path(sys.executable).parent / "ray"
-    return subprocess.run(
-        [str(ray), "job", "submit", "--working-dir", ".", "--", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
+    ray, end = Path(sys.executable).parent / "ray", time.monotonic() + 120
+    while True:
+        done = subprocess.run(
+            [str(ray), "job", "submit", "--working-dir", ".", "--", *arguments],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500,
+        )  # fmt: skip
+        if "No available agent" not in done.stderr or time.monotonic() > end:  # the head starts its parts in turn
+            return done
+        time.sleep(2)
 
 
 def free_ports(count: int) -> list[int]:
