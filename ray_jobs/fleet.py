@@ -61,7 +61,6 @@ class Fleet:
         self.prompts: list[Prompt] = []
         self.ledger = Ledger(run, lease.fence, may_write=lease.check)
         self.rejected: list[Rejected] = []
-        self.metrics: list[MetricRow] = []
         self._customize = customize
         self._rows: dict[str, ManifestRow] = {}
         self._ways: dict[str, asyncio.Task[None]] = {}
@@ -70,6 +69,7 @@ class Fleet:
         self._admission = FairQueue(weights=recipe.fleet.weights, max_held=_window(recipe))
         self._looked, self._fingerprint = 0.0, ""
         self._idle_since: dict[str, float] = {}
+        self._told: MagicIDError | None = None
 
     def connect(self) -> None:
         """Start what the coroutines share; needs a Ray cluster and a running event loop."""
@@ -87,6 +87,7 @@ class Fleet:
         Raises:
             ManifestError: it cannot be read at the start.
             LeaseError: another driver has taken the run.
+            MagicIDError: nothing can be checked, generated or trained: models that cannot be loaded.
         """
         await self._look_for_people(manifest, first=True)
         try:
@@ -196,6 +197,8 @@ class Fleet:
     async def _watch(self) -> None:
         """Look at both queues: who ended, how far the others are, and whether machines can be given back."""
         view: View = await _gotten(self.work.view.remote())
+        if problem := self.pipeline.problem or self.intake.problem:
+            raise problem
         for ended in view.ended[TRAINING]:
             future = self._training.pop(ended.task_id, None)
             if future is not None and not future.done():
@@ -206,9 +209,8 @@ class Fleet:
             payload = held.task.payload
             self.progress(payload["identity_id"], payload["stage"], held.note.get("step", 0), held.task.cost,
                           held.note.get("metrics", {}))  # fmt: skip
-        problem = self.slots.adjust(view.waiting[TRAINING], view.held[TRAINING])
-        if problem:
-            self.display.say(f"a training slot ended: {problem.splitlines()[0]}", "yellow")
+        if lost := self.slots.adjust(view.waiting[TRAINING], view.held[TRAINING]):
+            self.display.say(f"a training slot ended: {lost.splitlines()[0]}", "yellow")
         for queue, idle in (
             (TRAINING, not view.waiting[TRAINING] and not view.held[TRAINING]),
             (CLIPS, not self.pipeline.busy),
@@ -218,8 +220,9 @@ class Fleet:
                 self._idle_since[queue] = time.monotonic()
             patience = self.recipe.fleet.slot_idle_s if self._together else 0.0
             self.work.send_home.remote(queue, idle and time.monotonic() - since >= patience)
-        if self.ledger.problem:
-            self.display.say(f"the ledger could not be written and is tried again: {self.ledger.problem}", "yellow")
+        if self.ledger.problem and self.ledger.problem is not self._told:
+            self._told = self.ledger.problem
+            self.display.say(f"the ledger could not be written and is tried again: {self._told}", "yellow")
         self._show_all()
 
     # ---- what one identity awaits -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -15,7 +16,7 @@ import ray
 
 from magicid import identities
 from magicid.attempts import Attempts
-from magicid.errors import IdentityError, MagicIDError
+from magicid.errors import IdentityError, MagicIDError, RewardError
 from magicid.manifests import ManifestRow
 from magicid.recipe import Recipe
 from magicid.rewards.identity import IdentityReward
@@ -23,7 +24,7 @@ from magicid.run import Run, identity_uri
 from magicid.schema import Identity
 from magicid.weights import resolve
 from ray_jobs import pools, watchdog
-from ray_jobs.job import cause
+from ray_jobs.job import cause, in_daemon
 from ray_jobs.stages import device, limit_threads, reason
 
 GATHER_S = 1.0  # how long the first row waits for company
@@ -74,6 +75,7 @@ class Intake:
         self.recipe, self.run, self.job = recipe, run, job
         self._waiting: dict[str, tuple[ManifestRow, asyncio.Future[Identity]]] = {}
         self._pass: asyncio.Task[None] | None = None
+        self.problem: MagicIDError | None = None  # why nobody can be checked, when nobody can
 
     async def check(self, row: ManifestRow) -> Identity:
         """One identity, checked now or earlier.
@@ -100,11 +102,10 @@ class Intake:
                 loop.call_soon_threadsafe(self._tell, asked[result["id"]][1], result)
 
             try:
-                await asyncio.to_thread(self._check, [row for row, _ in asked.values()], tell)
-            except Exception as error:  # the pass broke: face models that cannot be loaded
-                for _, future in asked.values():
-                    if not future.done():
-                        future.set_exception(IdentityError(cause(error), "see `magicid check`, then submit again"))
+                await in_daemon(functools.partial(self._check, [row for row, _ in asked.values()], tell))
+            except Exception as error:
+                action = "see the worker's log and `magicid check`, then run the same command again"
+                self.problem = RewardError(f"photos cannot be checked: {cause(error)}", action)
 
     def _check(self, rows: list[ManifestRow], tell: Any) -> None:
         pools.configure()

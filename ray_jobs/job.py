@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import ray
 
 from magicid.errors import MagicIDError, StorageError
 from magicid.recipe import Recipe
 from ray_jobs.slots import set_environment
+
+T = TypeVar("T")
 
 
 def connect(settings: Recipe) -> None:
@@ -34,6 +40,27 @@ def run_location(out: str) -> str:
             "give an absolute path that all nodes share, or a URL such as s3://bucket/run",
         )
     return os.path.abspath(out)
+
+
+async def in_daemon(call: Callable[[], T]) -> T:
+    """Await a blocking call in a thread that does not keep the process alive, as those of `asyncio.to_thread` would."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def tell(set_: Callable[[Any], None], value: Any) -> None:
+        if not future.done():
+            set_(value)
+
+    def run() -> None:
+        try:
+            value = call()
+        except Exception as error:
+            loop.call_soon_threadsafe(tell, future.set_exception, error)
+        else:
+            loop.call_soon_threadsafe(tell, future.set_result, value)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await future
 
 
 def cause(error: BaseException) -> str:

@@ -66,6 +66,7 @@ class Pipeline:
         self._task_of: dict[Key, str] = {}
         self._numbers = itertools.count()
         self._lock, self._wanted, self._stop = threading.Lock(), threading.Event(), False
+        self.problem: MagicIDError | None = None  # why no clip can be made, when none can
         self._thread = threading.Thread(target=self._passes, daemon=True)
 
     async def score(
@@ -80,7 +81,7 @@ class Pipeline:
             show: told of each row as it comes, in the loop's thread.
 
         Raises:
-            MagicIDError: the models cannot be loaded.
+            StorageError: a row could not be kept.
         """
         there = await asyncio.to_thread(self.run.read_parts, folder, ScoredClip)
         done = {name: clip for name, clip in best(there).items() if not failure(clip)}
@@ -173,12 +174,14 @@ class Pipeline:
                 try:
                     self._pass()
                     broken = 0
-                except MagicIDError as error:
-                    self._give_up(error)
                 except Exception as error:
                     broken = broken + 1 if len(self._blocks) >= before else 1
                     if broken >= BROKEN_PASSES:
-                        self._give_up(GenerationError(cause(error), "see the worker's log, and `magicid check`"))
+                        self.problem = GenerationError(
+                            f"the pools cannot work: {cause(error)}",
+                            "see the worker's log and `magicid check`, then run the same command again",
+                        )
+                        return
                 ray.get(self._work.call.remote(CLIPS, "release_all", "the pass over its pools broke"))
 
     def _pass(self) -> None:
@@ -228,18 +231,6 @@ class Pipeline:
             self._loop.call_soon_threadsafe(_fail, request, error)
         else:
             self._loop.call_soon_threadsafe(_tell, request, rows)
-
-    def _give_up(self, error: MagicIDError) -> None:
-        """Nothing that is wanted can be made."""
-        with self._lock:
-            requests = [request for request, _ in self._blocks.values()]
-            names = list(self._blocks)
-            self._blocks.clear()
-            self._task_of.clear()
-        for name in names:
-            self._work.call.remote(CLIPS, "cancel", name)
-        for request in requests:
-            self._loop.call_soon_threadsafe(_fail, request, error)
 
 
 def _tell(request: _Request, rows: list[Any]) -> None:

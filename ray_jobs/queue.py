@@ -210,14 +210,6 @@ class FairQueue:
         heapq.heapify(heap)
         self._forget(task_id)
 
-    def fail_waiting(self, error: str) -> None:
-        """Nothing that waits can be done; the reason is kept."""
-        for heap in self._heaps.values():
-            for _, _, task_id in sorted(heap):
-                self._ended.append(Ended(task_id, "failed", self._attempts[task_id], {}, error))
-                self._forget(task_id)
-            heap.clear()
-
     def ended(self) -> list[Ended]:
         """What ended since the last call."""
         found, self._ended = self._ended, []

@@ -23,7 +23,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from magicid import storage
-from magicid.errors import MagicIDError
+from magicid.errors import MagicIDError, TrainingError
 from magicid.recipe import Recipe
 from magicid.run import Run
 from ray_jobs.queue import Held, Task
@@ -32,7 +32,7 @@ from ray_jobs.work import END, TRAINING
 POLL_S = 0.3  # how often an idle slot asks for work
 ROUND_S = 20.0  # after so long the workers of an idle slot meet, so that none waits in a collective for ever
 TELL_S = 1.0  # at most so often a slot tells its step
-BROKEN_STARTS = 3  # slots in a row that broke before they took an identity: then nothing can be trained
+BROKEN_STARTS = 3  # for each slot: so many that broke in a row before they took an identity, and nothing can be trained
 
 
 def set_environment(recipe: Recipe) -> None:
@@ -62,13 +62,16 @@ class Slots:
 
         Args:
             waiting, held: the training queue, as the work actor shows it.
+
+        Raises:
+            TrainingError: no slot can start.
         """
         self._held = held
         self._took |= set(held)
         self._threads = {slot: thread for slot, thread in self._threads.items() if thread.is_alive()}
-        if self._broken >= BROKEN_STARTS:
-            self._work.call.remote(TRAINING, "fail_waiting", self._last_error)
-            self._broken = 0
+        if self._broken >= BROKEN_STARTS * self.recipe.resources.slots:
+            action = "see the worker's log and `magicid check`, then run the same command again"
+            raise TrainingError(f"training slots cannot start: {self._last_error}", action)
         wanted = min(self.recipe.resources.slots, waiting + len(held))
         for _ in range(wanted - len(self._threads)):
             slot = f"slot-{uuid.uuid4().hex[:8]}"

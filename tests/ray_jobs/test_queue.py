@@ -149,14 +149,6 @@ def test_a_cancelled_task_is_nobodys() -> None:
     assert made.take("one") is None
 
 
-def test_what_waits_can_be_failed_together() -> None:
-    made = queue(task("x"), task("y"))
-    made.take("slot")
-    made.fail_waiting("no such model")
-    assert [(e.task_id, e.state, e.error) for e in made.ended()] == [("y", "failed", "no such model")]
-    assert list(made.held()) == ["slot"]
-
-
 def test_waiting_is_counted_by_owner_on_the_given_clock() -> None:
     now = [100.0]
     made = FairQueue(clock=lambda: now[0])
