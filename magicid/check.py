@@ -18,7 +18,7 @@ from magicid.backbones import check_folder
 from magicid.errors import BackboneError, MagicIDError, RecipeError, StorageError
 from magicid.prompts import load_prompts
 from magicid.recipe import Recipe
-from magicid.storage import check_writable, public_name
+from magicid.storage import check_creates_once, check_writable, public_name
 from magicid.weights import resolve
 
 Level = Literal["ok", "warning", "error"]
@@ -246,9 +246,10 @@ def _prompts(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _storage(out: str) -> Iterator[Finding]:
-    """Whether the run directory can be written, and little space on a local disk."""
+    """Whether the run directory can be written and leased, and little space on a local disk."""
     try:
         check_writable(out)
+        check_creates_once(out)  # the driver's lease stands on it
     except StorageError as error:
         yield Finding("error", "storage", error.problem, error.action)
         return

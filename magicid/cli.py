@@ -3,6 +3,7 @@
 magicid recipes
 magicid check --recipe hunyuan-480p --out s3://bucket/run --hpo.steps=2000
 magicid identities examples/identities --recipe face-world
+magicid identities delete ID --run RUN (or a folder of runs) --proof FILE
 magicid adapters list RUN | show RUN IDENTITY (or IDENTITY@VERSION) | verify RUN
 magicid adapters alias RUN IDENTITY@VERSION ALIAS | rollback RUN IDENTITY ALIAS | delete RUN IDENTITY (or @VERSION)
 magicid report RUN
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
+import typer.core
 
 if TYPE_CHECKING:
     from magicid.adapters import Alias
@@ -30,10 +32,26 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 adapters_app = typer.Typer(no_args_is_help=True, help="The published adapters of a run.")
 app.add_typer(adapters_app, name="adapters")
 
+
+class _ManifestByDefault(typer.core.TyperGroup):
+    """`magicid identities people.jsonl` is `magicid identities list people.jsonl`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
+identities_app = typer.Typer(
+    cls=_ManifestByDefault, no_args_is_help=True, help="What a manifest holds, and the removal of a person from runs."
+)
+app.add_typer(identities_app, name="identities")
+
 NOT_VALID, NO_PROVENANCE = 1, 3  # exit codes; 2 is an error
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 RECIPE = typer.Option("face-world", "--recipe", help="a shipped recipe or a .toml file")
 RUN = typer.Argument(..., help="run directory, on any fsspec URL")
+RUNS = typer.Option(..., "--run", help="run directory, or a folder of them; may be given again")
 ADAPTER = typer.Argument(..., help="IDENTITY or IDENTITY@VERSION")
 IDENTITY = typer.Argument(..., help="an identity with published adapters")
 _STYLES = {"error": "red", "warning": "yellow", "ok": "dim"}
@@ -91,7 +109,7 @@ def check(
     typer.echo(f"recipe {settings.name} is ready to run")
 
 
-@app.command(context_settings=EXTRA)
+@identities_app.command("list", context_settings=EXTRA)
 @told_plainly
 def identities(
     context: typer.Context,
@@ -103,14 +121,14 @@ def identities(
     """Read a manifest and say what it holds; photos are not opened and no model is loaded."""
     settings = load_recipe(recipe_name, context)
     from magicid.errors import MagicIDError
-    from magicid.identities import read_manifest
+    from magicid.identities import check_consent, read_manifest
     from magicid.schema import Rejected
 
     found, rejected = read_manifest(location)
     usable = []
     for row in found:
         try:
-            settings.for_identity(row.overrides)
+            check_consent(row, settings.for_identity(row.overrides).identities)
         except MagicIDError as error:
             rejected.append(Rejected("identity", row.id, error.problem, error.action))
             continue
@@ -136,6 +154,46 @@ def identities(
         show_rejected(rejected)
     typer.echo(f"{len(usable)} of {len(usable) + len(rejected)} identities can be tried")
     if not usable:
+        raise typer.Exit(1)
+
+
+@identities_app.command("delete")
+@told_plainly
+def delete_identity(
+    identity: str = typer.Argument(..., help="the person's id"),
+    runs: list[str] = RUNS,
+    yes: bool = typer.Option(False, "--yes", help="do not ask"),
+    proof: str = typer.Option("", help="write what was removed, and what the scan saw, to this JSON file"),
+) -> None:
+    """Remove everything made of a person from runs, for good, then look at every file that is left.
+
+    Exit code 1 when something still names the person. An endpoint's videos are its own: DELETE /v1/identities/ID first.
+    """
+    from magicid import erasure, storage
+    from magicid.erasure_proof import scan
+    from magicid.run import Run
+
+    places = list(dict.fromkeys(place for run in runs for place in erasure.find_runs(run)))
+    if not yes:
+        typer.confirm(f"Remove everything made of {identity} from {', '.join(places)}, for good?", abort=True)
+    told: list[dict[str, Any]] = []
+    for place in places:
+        marks = erasure.traces_of(Run(place), identity)
+        gone = erasure.delete(place, identity)
+        left = scan(place, identity, marks)
+        for name in gone:
+            typer.echo(f"removed {name}")
+        for name, why in left.found:
+            typer.echo(f"{name} still names {identity}: {why}", err=True)
+        looked = ", ".join(f"{count} {how}" for how, count in sorted(left.scanned.items()))
+        nothing = "" if gone else f"nothing of {identity} was there; "
+        verdict = f"{len(left.found)} name {identity}" if left.found else f"none names {identity}"
+        typer.echo(f"{storage.public_name(place)}: {nothing}looked at what is left ({looked}): {verdict}")
+        told.append({"run": place, "removed": gone, "scanned": dict(left.scanned), "named_in": left.found})
+    if proof:
+        storage.write_json(proof, {"identity_sha256": erasure.tombstone(identity), "at": now(), "runs": told})
+    if any(run["named_in"] for run in told):
+        typer.echo("is a driver still at work there? Run the same command again when it has let go", err=True)
         raise typer.Exit(1)
 
 
@@ -352,6 +410,13 @@ def alias_names(run: str, identity_id: str) -> dict[str, list[str]]:
     except AdapterError as error:
         typer.echo(f"warning {error}", err=True)
     return named
+
+
+def now() -> str:
+    """The time, UTC, as files and lists show it."""
+    from datetime import UTC, datetime
+
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def told_alias(alias: Alias, name: str) -> None:

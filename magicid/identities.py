@@ -23,7 +23,7 @@ from magicid.recipe import Recipe
 from magicid.schema import Identity
 from magicid.storage import file_size, join, public_name, public_text, read_bytes, sha256_bytes, write_bytes
 
-__all__ = ["FaceReader", "ManifestRow", "check_identity", "read_manifest"]
+__all__ = ["FaceReader", "ManifestRow", "check_consent", "check_identity", "read_manifest"]
 
 
 class Face(Protocol):
@@ -71,13 +71,15 @@ def check_identity(
         run: the run directory, a path or fsspec URL.
 
     Raises:
-        IdentityError: an override the recipe refuses, or too few usable photos: all reasons are named.
+        IdentityError: no consent reference, an override the recipe refuses, or too few usable photos: all reasons are
+            named.
         StorageError: the copies cannot be written.
     """
     try:
         limits = recipe.for_identity(row.overrides).identities
     except RecipeError as error:
         raise IdentityError(f"{row.id}: {error.problem}", error.action) from error
+    check_consent(row, limits)
     usable, warnings = _usable(row, limits, faces)
     usable, outliers = _without_outliers(usable, limits.outlier_similarity)
     warnings += outliers
@@ -107,6 +109,15 @@ def check_identity(
         metric_references=metric_references,
         warnings=warnings,
     )
+
+
+def check_consent(row: ManifestRow, limits: recipes.Identities) -> None:
+    """Refuse a person without a reference to their consent, before any photo is read. Raises IdentityError."""
+    if limits.require_consent and not (row.consent or "").strip():
+        raise IdentityError(
+            f"{row.id} has no consent reference",
+            "name the person's consent in the manifest's column consent, or set identities.require_consent = false",
+        )
 
 
 def _usable(row: ManifestRow, limits: recipes.Identities, faces: FaceReader) -> tuple[list[_Photo], list[str]]:

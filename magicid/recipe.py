@@ -83,7 +83,9 @@ class Prompts(Section):
 
 
 class Identities(Section):
-    """Limits on reference photos."""
+    """Limits on reference photos, and whose may be used."""
+
+    require_consent: bool = Field(True, description="an identity without a consent reference is set aside")
 
     min_photos: int = Field(3, ge=1)
     max_photos: int = Field(20, ge=1)

@@ -43,6 +43,7 @@ _USER_INFO = re.compile(r"(://)(?:[^/?#]*@|[^/?#@:]*:(?!\d+(?:[/?#]|$))[^@]*@)")
 _READ_ACTION = "check that the path exists and is readable"
 _WRITE_ACTION = "check free space and write permission, or choose another --out"
 _TRIES, _LONGEST_S = 5, 60  # no new try after that many seconds
+_PAUSE_S = 0.5  # the first pause; each is twice the one before
 _WRITER = "magicid-writer"  # metadata of an object: which call of `create_bytes` wrote it
 # How each store names the metadata of a new object. Only these are known to create one exclusively.
 _METADATA = {"s3": "Metadata", "s3a": "Metadata", "gs": "metadata", "gcs": "metadata", "memory": ""}
@@ -106,7 +107,7 @@ def _call(verb: str, location: str | Path, action: str, do: Callable[[], T]) -> 
     tries = tenacity.Retrying(
         retry=tenacity.retry_if_exception(storage_errors.transient),
         stop=tenacity.stop_after_attempt(_TRIES) | tenacity.stop_after_delay(_LONGEST_S),
-        wait=tenacity.wait_exponential(multiplier=0.5, max=8) + tenacity.wait_random(0, 0.5),
+        wait=tenacity.wait_exponential(multiplier=_PAUSE_S, max=8) + tenacity.wait_random(0, _PAUSE_S),
         before_sleep=say,
         reraise=True,
     )
@@ -147,10 +148,10 @@ def file_size(location: str | Path) -> int:
     return _call("read", location, _READ_ACTION, lambda: int(fs.size(path) or 0))
 
 
-def read_bytes(location: str | Path) -> bytes:
-    """The bytes of a file. Raises StorageError when it is missing or unreadable."""
+def read_bytes(location: str | Path, first: int | None = None) -> bytes:
+    """The bytes of a file, or its `first` ones. Raises StorageError when it is missing or unreadable."""
     fs, path = open_fs(location)
-    return _call("read", location, _READ_ACTION, lambda: bytes(fs.cat_file(path)))
+    return _call("read", location, _READ_ACTION, lambda: bytes(fs.cat_file(path, end=first)))
 
 
 def write_bytes(location: str | Path, data: bytes) -> str:
@@ -270,6 +271,22 @@ def check_writable(location: str | Path) -> None:
     remove(probe)
 
 
+def check_creates_once(location: str | Path) -> None:
+    """See that the storage keeps `create_bytes`' promise, on a small probe: some stores ignore the condition.
+
+    Raises:
+        StorageError: it does not, or it cannot be written.
+    """
+    probe = join(location, f"{_PROBE}-{uuid.uuid4().hex[:8]}")
+    once = create_bytes(probe, b"first") and not create_bytes(probe, b"second")
+    remove(probe)
+    if not once:
+        raise StorageError(
+            f"{public_name(location)} writes over a file that must only be created: two drivers could take one run",
+            "use a storage with conditional writes (Amazon S3, GCS, a recent MinIO or Ceph), or a shared disk",
+        )
+
+
 def list_files(location: str | Path, suffix: str = "") -> list[str]:
     """Sorted full locations of the files below a folder (recursive) that end with `suffix`; [] when it is missing.
 
@@ -284,6 +301,38 @@ def list_files(location: str | Path, suffix: str = "") -> list[str]:
         return sorted(found if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(f) for f in found])
 
     return _call("list", location, "check that the folder is readable", find)
+
+
+def list_relative(location: str | Path) -> list[str]:
+    """Every file below a folder, relative to it, also what a write that was killed left behind; [] when it is missing.
+
+    Raises StorageError when the folder cannot be listed.
+    """
+    fs, path = open_fs(location)
+
+    def find() -> list[str]:
+        found = fs.find(path) if fs.exists(path) else []
+        return sorted(file[len(path.rstrip("/")) + 1 :] for file in found)
+
+    return _call("list", location, "check that the folder is readable", find)
+
+
+def list_folder(location: str | Path) -> tuple[list[str], list[str]]:
+    """The names of the files and of the folders directly in a folder; none when it is missing. Raises StorageError."""
+    fs, path = open_fs(location)
+
+    def look() -> tuple[list[str], list[str]]:
+        try:
+            entries = fs.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return [], []
+        names: dict[str, list[str]] = {"file": [], "directory": []}
+        for entry in entries:
+            if (name := entry["name"].rstrip("/")) != path.rstrip("/"):  # object stores may list the folder itself
+                names[entry["type"] if entry["type"] == "directory" else "file"].append(name.rsplit("/", 1)[-1])
+        return sorted(names["file"]), sorted(names["directory"])
+
+    return _call("list", location, "check that the folder is readable", look)
 
 
 def remove(location: str | Path) -> None:

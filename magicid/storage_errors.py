@@ -27,6 +27,7 @@ _PASSING_CODES = frozenset(
 # Of botocore, aiohttp, requests, google-auth and fsspec, where they derive from none of Python's own.
 _PASSING_TYPES = frozenset(
     {
+        "ConnectionError",
         "HTTPClientError",
         "IncompleteReadError",
         "ResponseStreamingError",

@@ -7,11 +7,11 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 
 from magicid import adapters
+from magicid.erasure import erase_person
 from magicid.errors import AdapterError
 from serve.api_call import Authorized, Call
 from serve.api_errors import ApiError
 from serve.api_models import Alias, IdentityDeleted, Model, ModelList
-from serve.erasure import erase_person
 from serve.schema import Job
 
 router = APIRouter(tags=["identities"])

@@ -444,3 +444,32 @@ def test_the_example_people_pass_the_face_worlds_own_recogniser(tmp_path: Path) 
     mixed = check_identity(stranger, settings, faces, None, str(tmp_path))
     assert len(mixed.photos) == len(rows[0].photos)
     assert rows[1].photos[0].rsplit("/", 1)[-1] in mixed.warnings[0]
+
+
+# ---- consent -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("consent", [None, "", "  "])
+def test_a_person_without_a_consent_reference_is_refused_before_a_photo_is_read(
+    tmp_path: Path, consent: str | None
+) -> None:
+    settings = RECIPE.with_overrides({"identities.require_consent": True})
+    row = ManifestRow("ada", [str(tmp_path / "absent.png")], consent=consent)
+    with pytest.raises(IdentityError, match=r"^ada has no consent reference — name the person's consent") as caught:
+        check_identity(row, settings, PictureReader(), None, str(tmp_path / "run"))
+    assert "absent" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_who_has_a_consent_reference_passes_and_no_row_can_lift_the_rule(tmp_path: Path) -> None:
+    settings = RECIPE.with_overrides({"identities.require_consent": True})
+    photos = [photo((angle, 25), seed=angle) for angle in (0, 10, 20)]
+    assert check(tmp_path, photos, settings, consent="form-17").consent == "form-17"
+    row = ManifestRow("eve", [], overrides={"identities.require_consent": "false"})
+    with pytest.raises(IdentityError, match="cannot override"):
+        check_identity(row, settings, PictureReader(), None, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", recipes.shipped())
+def test_only_the_recipe_of_drawn_people_asks_for_no_consent(name: str) -> None:
+    assert recipes.load(name).identities.require_consent is (name != "face-world")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +79,23 @@ def test_a_create_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(StorageError, match=r"No space left.*free some space or raise the quota"):
         storage.create_bytes(tmp_path / "lease", b"x")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_store_that_ignores_the_condition_is_found_out(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.check_creates_once(f"{store}/probe")
+    assert storage.list_files(f"{store}/probe") == []
+    fs = type(storage.open_fs(store)[0])
+    if hasattr(fs, "_pipe_file"):
+        plain = fs._pipe_file
+
+        async def ignoring(self: Any, path: str, data: bytes, mode: str = "", **options: Any) -> Any:
+            return await plain(self, path, data, **options)
+
+        monkeypatch.setattr(fs, "_pipe_file", ignoring)
+        monkeypatch.setattr(storage, "_metadata", lambda *_: {})
+        with pytest.raises(StorageError, match=r"two drivers could take one run — use a storage with conditional"):
+            storage.check_creates_once(f"{store}/probe")
+        assert storage.list_files(f"{store}/probe") == []
 
 
 def test_a_store_that_cannot_create_exclusively_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
