@@ -103,7 +103,8 @@ def erase_person(location: str, identity_id: str) -> list[str]:
     if key not in erased(location):
         content = {"erased": datetime.now(UTC).isoformat(timespec="seconds")}
         storage.write_json(run.path(TOMBSTONES, f"{key}.json"), content)
-    marks, gone = traces_of(run, identity_id), []
+    marks = traces_of(run, identity_id)
+    gone: list[str] = []
     own, shared = [], []
     for name in files(run):
         if names_in_path(name, identity_id, marks):
