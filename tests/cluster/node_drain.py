@@ -15,10 +15,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import ray
 from ray.cluster_utils import Cluster
+
+T = TypeVar("T")
 
 
 @ray.remote(num_cpus=0.5)
@@ -30,10 +33,9 @@ class Work:
 
 
 def main() -> None:
-    head = {"num_cpus": 0, "include_dashboard": False, "dashboard_agent_listen_port": free_port()}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **quiet(free_port())}))
     port = free_port()
-    node = cluster.add_node(num_cpus=1, dashboard_agent_listen_port=port)
+    node = patiently(lambda: cluster.add_node(num_cpus=1, **quiet(port)))
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     seen: dict[str, Any] = {"health": health(port)}
     end = os.path.join(os.environ["RAY_TMPDIR"], "end")
@@ -58,6 +60,20 @@ def main() -> None:
     print(json.dumps(seen), flush=True)
     ray.shutdown()
     cluster.shutdown()
+
+
+def quiet(port: int) -> dict[str, Any]:
+    return {"include_dashboard": False, "dashboard_agent_listen_port": port}
+
+
+def patiently(start: Callable[[], T]) -> T:
+    """Ray gives a node 30 s to start, which a busy machine may miss."""
+    for _ in range(2):
+        try:
+            return start()
+        except Exception as error:
+            print(error, file=sys.stderr)
+    return start()
 
 
 def free_port() -> int:
