@@ -93,7 +93,9 @@ class Ledger:
     def add_seconds(self, identity_id: str, kind: str, seconds: float) -> None:
         """Count device-seconds of an identity."""
         with self._lock:
-            record = self.records[identity_id]
+            record = self.records.get(identity_id)
+            if record is None:  # forgotten meanwhile
+                return
             counted = {**record.seconds, kind: record.seconds.get(kind, 0.0) + seconds}
             self.records[identity_id] = replace(record, seconds=counted)
             self._changed.add(identity_id)

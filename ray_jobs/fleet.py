@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from magicid import adapters, commands, ledger, manifests, storage
+from magicid import adapters, commands, erasure, ledger, manifests, storage
 from magicid.errors import MagicIDError, TrainingError
 from magicid.lease import Lease
 from magicid.ledger import Ledger
@@ -70,6 +70,7 @@ class Fleet:
         self._looked, self._fingerprint = 0.0, ""
         self._idle_since: dict[str, float] = {}
         self._told: MagicIDError | None = None
+        self._erased: set[str] = set()
 
     def connect(self) -> None:
         """Start what the coroutines share; needs a Ray cluster and a running event loop."""
@@ -108,6 +109,7 @@ class Fleet:
     async def _look_for_people(self, manifest: str, first: bool = False) -> None:
         """Take up new rows of the manifest, and what people asked for."""
         self._looked = time.monotonic()
+        self._let_go(await asyncio.to_thread(erasure.erased, self.run.location))
         try:
             fingerprint = await asyncio.to_thread(manifests.fingerprint, manifest)
             if fingerprint != self._fingerprint:
@@ -131,6 +133,10 @@ class Fleet:
         if row.id in self._rows:
             return
         self._rows[row.id] = row
+        if erasure.tombstone(row.id) in self._erased:
+            gone = f"{row.id} was deleted from this run"
+            self.set_aside("identity", row.id, MagicIDError(gone, "take the row out of the manifest, or give a new id"))
+            return
         content = storage.sha256_json([row.photos, row.owner, row.class_word, row.overrides])
         known = self.ledger.records.get(row.id)
         if known and known.row_sha256 not in ("", content) and known.adapter is not None:
@@ -146,6 +152,15 @@ class Fleet:
         if not known or known.state != ledger.DONE:
             self.ledger.update(row.id, state=ledger.WAITING, problem=None, action=None, ended=None)
         self._admission.put(Task(row.id, row.owner, 1.0, self.due(row)))
+
+    def _let_go(self, erased: set[str]) -> None:
+        """Forget people who were deleted; what is under way for them stops."""
+        new, self._erased = erased - self._erased, erased
+        for name in [name for name in self.ledger.records if new and erasure.tombstone(name) in new]:
+            self._admission.cancel(name)
+            if name in self._ways:
+                self._ways[name].cancel()
+            self.ledger.forget(name)
 
     def _obey(self, command: commands.Command) -> None:
         name = command.identity_id
@@ -307,7 +322,9 @@ class Fleet:
         self, identity_id: str, stage: str, done: float, total: float, metrics: dict[str, float] | None = None
     ) -> None:
         """Note how far an identity is."""
-        record = self.ledger.records[identity_id]
+        record = self.ledger.records.get(identity_id)
+        if record is None:  # deleted meanwhile
+            return
         if record.state in (ledger.WAITING, ledger.RUNNING):
             self.ledger.update(
                 identity_id, state=ledger.RUNNING, stage=stage, done=float(done), total=float(total),
