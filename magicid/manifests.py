@@ -31,7 +31,7 @@ _PHOTO_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".g
 _DEFAULT_OWNER = "default"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ManifestRow:
     """One person as the manifest names them; `photos` are full locations, `overrides` dotted recipe keys -> TOML."""
 

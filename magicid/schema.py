@@ -7,9 +7,10 @@ travel as URI + SHA-256. Every `*_uri` is relative to the run directory, so that
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -182,30 +183,37 @@ def _arrow_type(annotation: Any) -> pa.DataType:
     return _ARROW[annotation]
 
 
+@functools.cache
 def arrow_schema(cls: type) -> pa.Schema:
     """The Arrow schema of one of the dataclasses above, its fields in order."""
     hints = typing.get_type_hints(cls)
     return pa.schema([(f.name, _arrow_type(hints[f.name])) for f in dataclasses.fields(cls)])
 
 
+@functools.cache
+def _columns(cls: type) -> dict[str, bool]:
+    """The fields of a dataclass, in order, and whether each is a mapping."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: typing.get_origin(hints[f.name]) is dict for f in dataclasses.fields(cls)}
+
+
 def to_row(value: Any) -> dict[str, Any]:
     """A dataclass as a plain row."""
-    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return {name: getattr(value, name) for name in _columns(type(value))}  # type: ignore[arg-type]
 
 
 def from_row(cls: type[T], row: dict[str, Any]) -> T:
     """A row as the dataclass; other columns are ignored, absent ones take their default."""
-    hints = typing.get_type_hints(cls)
     values = {}
-    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if f.name in row:
-            value = row[f.name]
-            if typing.get_origin(hints[f.name]) is dict and not isinstance(value, dict):
+    for name, is_mapping in _columns(cls).items():  # type: ignore[arg-type]
+        if name in row:
+            value = row[name]
+            if is_mapping and not isinstance(value, dict):
                 value = dict(value or [])  # Arrow maps come back as lists of pairs
-            values[f.name] = value
+            values[name] = value
     return cls(**values)
 
 
-def to_rows(values: Sequence[Any]) -> list[dict[str, Any]]:
+def to_rows(values: Iterable[Any]) -> list[dict[str, Any]]:
     """Dataclasses as plain rows."""
     return [to_row(value) for value in values]

@@ -11,13 +11,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
 import posixpath
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,7 @@ _PAUSE_S = 0.5  # the first pause; each is twice the one before
 _WRITER = "magicid-writer"  # metadata of an object: which call of `create_bytes` wrote it
 # How each store names the metadata of a new object. Only these are known to create one exclusively.
 _METADATA = {"s3": "Metadata", "s3a": "Metadata", "gs": "metadata", "gcs": "metadata", "memory": ""}
+_ROWS_AT_ONCE = 8192  # of a table, as Python objects
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -366,18 +368,32 @@ def read_json(location: str | Path) -> Any:
         raise StorageError(f"{public_name(location)} is not valid JSON: {error}", "remove it and run again") from error
 
 
-def write_table(location: str | Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> str:
-    """Write rows as one Parquet file, atomically, in the given schema; returns its SHA-256."""
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), buffer)
+def write_table(location: str | Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> str:
+    """Write rows as one Parquet file, atomically, in the given schema; returns its SHA-256.
+
+    Rows may come from a generator: no more than a part of them is held as Python objects.
+    """
+    buffer, left = io.BytesIO(), iter(rows)
+    with pq.ParquetWriter(buffer, schema) as writer:
+        part = list(itertools.islice(left, _ROWS_AT_ONCE))
+        while True:
+            writer.write_table(pa.Table.from_pylist(part, schema=schema))
+            if not (part := list(itertools.islice(left, _ROWS_AT_ONCE))):
+                break
     return write_bytes(location, buffer.getvalue())
 
 
 def read_table(location: str | Path) -> list[dict[str, Any]]:
     """Read one Parquet file as rows. Raises StorageError when it is missing or truncated."""
+    return list(iter_table(location))
+
+
+def iter_table(location: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows of `read_table` one by one, for large tables that become something smaller."""
     data = read_bytes(location)
     try:
-        return list(pq.read_table(io.BytesIO(data)).to_pylist())
+        for part in pq.ParquetFile(io.BytesIO(data)).iter_batches(_ROWS_AT_ONCE):
+            yield from part.to_pylist()
     except pa.ArrowException as error:
         raise StorageError(
             f"{public_name(location)} is not a whole Parquet file: {error}", "remove it and run again"

@@ -309,7 +309,7 @@ class Fleet:
         self.ledger.update(identity_id, attempts={**record.attempts, stage: float(ended.attempts)})
         resources = self.recipe.resources
         devices = resources.workers_per_slot * max(1.0, resources.worker_gpus)
-        self.ledger.add_seconds(identity_id, stage, ended.seconds * devices)
+        self.ledger.add_seconds(identity_id, **{stage: ended.seconds * devices})
 
     def set_aside(self, kind: str, name: str, error: MagicIDError) -> None:
         """Report something that cannot be used, and go on."""
@@ -345,8 +345,7 @@ class Fleet:
                 self.display.show(stage, count, total)
                 return
             self.progress(row.id, stage, count, total)
-            for name, seconds in getattr(clip, "seconds", {}).items():
-                self.ledger.add_seconds(row.id, name, seconds)
+            self.ledger.add_seconds(row.id, **getattr(clip, "seconds", {}))
 
         return show
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """One piece of work: an identity in one training stage, or a few clips."""
 
@@ -31,7 +31,7 @@ class Task:
     payload: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Ended:
     """How a task ended: `done` with what the holder gave, or `failed` with the last reason."""
 
@@ -43,7 +43,7 @@ class Ended:
     seconds: float = 0.0  # that holders had it, over all attempts
 
 
-@dataclass
+@dataclass(slots=True)
 class Held:
     """A task in somebody's hands."""
 

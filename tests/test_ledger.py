@@ -1,0 +1,102 @@
+"""How a run stands, on storage: what a reader finds while the driver writes, merges and dies."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from magicid import ledger, storage
+from magicid.errors import StorageError
+from magicid.ledger import Ledger
+from magicid.run import Run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(str(tmp_path))
+
+
+def test_what_is_flushed_is_read_and_what_is_not_is_the_older_state(run: Run) -> None:
+    book = Ledger(run, 1, every_s=0)
+    book.update("ada", owner="studio", state=ledger.RUNNING, attempts={"sft": 1.0}, deadline=12.5)
+    book.flush()
+    book.add_seconds("ada", sft=2.0, hpo=1.0)
+    book.add_seconds("ada", sft=0.5)
+    assert ledger.read(run) == {**book.records, "ada": ledger.Record(
+        "ada", "studio", ledger.RUNNING, attempts={"sft": 1.0}, deadline=12.5)}  # fmt: skip
+    book.close()
+    assert ledger.read(run)["ada"].seconds == {"sft": 2.5, "hpo": 1.0}
+
+
+def test_states_are_counted_as_they_change(run: Run) -> None:
+    book = Ledger(run, 1, every_s=0)
+    for name in ("ada", "ben", "eve"):
+        book.update(name, owner="studio")
+    book.update("ben", state=ledger.RUNNING)
+    book.forget("eve")
+    assert +book.states == {ledger.WAITING: 1, ledger.RUNNING: 1}
+    book.close()
+    assert +Ledger(run, 2, every_s=0).states == {ledger.WAITING: 1, ledger.RUNNING: 1}
+
+
+def test_thousands_of_changes_stay_few_files_and_the_newest_state_wins(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "_MERGED", 3)
+    book = Ledger(run, 1, every_s=0)
+    for number in range(100):
+        book.update(f"p{number % 7}", owner="studio", done=float(number))
+        book.flush()
+        assert (
+            len(storage.list_files(run.path("ledger"))) <= 1 + 2 * 5
+        )  # 3**4 < 100: at most 2 files in each of 5 levels
+        assert ledger.read(run) == book.records
+    book.forget("p0")
+    assert "p0" not in ledger.read(run)
+    book.update("p1", done=-1.0)
+    book.flush()
+    assert ledger.read(Run(run.location)) == book.records
+
+
+def test_a_failed_write_is_made_up_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    book = Ledger(run, 1, every_s=0)
+    book.update("ada", owner="studio", state=ledger.DONE)
+
+    def full(*_: object) -> str:
+        raise StorageError("the disk is full", "make room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_bytes", full)
+        with pytest.raises(StorageError):
+            book.flush()
+        with pytest.raises(StorageError):
+            book.close()
+    assert ledger.read(run) == {}
+    book.flush()
+    assert ledger.read(run) == book.records
+
+
+def test_a_reader_beside_a_writer_never_sees_a_state_go_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "_MERGED", 5)
+    book = Ledger(run, 1, every_s=0)
+    book.update("ada", owner="studio")
+    book.flush()
+    stop = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not stop.wait(0.01):
+            number += 1
+            book.update("ada", done=float(number))
+            book.flush()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        seen = [ledger.read(run)["ada"].done for _ in range(60)]
+    finally:
+        stop.set()
+        writer.join()
+    assert seen == sorted(seen)
