@@ -107,7 +107,7 @@ class Signer:
 
 
 def sign(data: bytes, claim: Claim, signer: Signer) -> bytes:
-    """An MP4, PNG or JPEG with the claim in it; pictures and sound stay as they are.
+    """An MP4, PNG, JPEG or WebP with the claim in it; pictures and sound stay as they are.
 
     Raises:
         ProvenanceError: none of these formats, damaged, or the certificate is refused.
@@ -204,7 +204,9 @@ def _media_type(data: bytes) -> str:
         return "image/png"
     if data.startswith(b"\xff\xd8\xff"):
         return "image/jpeg"
-    raise ProvenanceError("this is neither an MP4 nor a PNG or JPEG", "sign one of these")
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp"
+    raise ProvenanceError("this is neither an MP4 nor a PNG, JPEG or WebP", "sign one of these")
 
 
 def _text(root: bytes) -> str:

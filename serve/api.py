@@ -11,10 +11,11 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from magicid import __version__
-from serve import api_errors, api_guard, api_identities, api_videos, page
+from serve import api_errors, api_identities, api_videos, body_bounds, page
 from serve.api_call import Context, Parts
 from serve.api_guard import Guard
 from serve.api_models import CreateVideo, ErrorBody, Health
+from serve.body_bounds import BodyBounds
 from serve.settings import ServeSettings
 
 __all__ = ["Parts", "create_api"]
@@ -42,7 +43,8 @@ def create_api(settings: ServeSettings, parts: Parts) -> FastAPI:
     app.add_api_route("/healthz", _health, methods=["GET"], tags=["operation"])
     app.add_api_route("/metrics", _metrics, methods=["GET"], tags=["operation"], response_class=Response)
     api_errors.install(app)
-    app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes, body_s=api_guard.BODY_S)
+    app.add_middleware(BodyBounds, max_bytes=settings.max_body_bytes, within_s=body_bounds.BODY_S)
+    app.add_middleware(Guard)  # outermost
     describe = app.openapi
     app.openapi = lambda: app.openapi_schema or _completed(describe())  # type: ignore[method-assign]
     return app

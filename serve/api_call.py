@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from magicid.provenance import Signer
 from magicid.recipe import Recipe
 from serve.api_errors import ApiError, no_such_video, unauthorized
 from serve.api_limits import Limits
@@ -32,6 +33,7 @@ class Parts:
     Attributes:
         check_webhook: raises MagicIDError for a URL that must not be called.
         metrics: the queue's figures in Prometheus' text format.
+        signer: signs the pictures of videos.
     """
 
     jobs: JobStore
@@ -41,6 +43,7 @@ class Parts:
     recipe: Recipe
     check_webhook: Callable[[str], object]
     metrics: Callable[[], bytes]
+    signer: Signer
 
 
 class Context:
@@ -50,7 +53,7 @@ class Context:
         self.settings, self.parts = settings, parts
         self.base = settings.base or parts.recipe.name
         self.limits = Limits(parts.recipe, settings)
-        self.clips = Clips(settings.clips_location)
+        self.clips = Clips(settings.clips_location, parts.signer)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,7 @@
-"""What every request passes first and every answer last: limits on headers and body, the request id, the log line.
-
-An ASGI middleware, so that a body is counted while it arrives and an oversized or slow one is never held in memory.
-"""
+"""What every request passes first and every answer last: limits on headers, the request id, the log line."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 import uuid
@@ -19,7 +15,6 @@ _log = logging.getLogger("magicid.serve")
 
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 16 << 10
-BODY_S = 20.0  # a whole body must have arrived after this; a prompt needs one packet
 
 _EVERYWHERE = {
     "X-Content-Type-Options": "nosniff",
@@ -30,15 +25,10 @@ _PRIVATE = "no-store"  # answers depend on the key
 
 
 class Guard:
-    """Wraps the app. `scope["state"]["request_id"]` is set for the routes, `["tenant"]` is read for the log.
+    """Wraps the app. `scope["state"]["request_id"]` is set for the routes, `["tenant"]` is read for the log."""
 
-    Args:
-        max_body_bytes: a longer body is refused with 413.
-        body_s: a body that takes longer to arrive is refused with 408.
-    """
-
-    def __init__(self, app: ASGIApp, max_body_bytes: int, body_s: float) -> None:
-        self._app, self._max_body_bytes, self._body_s = app, max_body_bytes, body_s
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection event; anything but HTTP goes straight on."""
@@ -63,8 +53,8 @@ class Guard:
             await send(message)
 
         try:
-            _check_headers(scope, self._max_body_bytes)
-            await self._app(scope, self._limited(receive), answer)
+            _check_headers(scope)
+            await self._app(scope, receive, answer)
         except Exception as error:
             answered = from_exception(error)
             if answered.status >= 500:
@@ -78,32 +68,8 @@ class Guard:
             tenant = state.get("tenant", "-")
             _log.info("%s %s %d %.0f ms tenant=%s %s", scope["method"], route, status, took_ms, tenant, request_id)
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive`, refusing a body that is too long or too slow."""
-        seen, whole = 0, False
-        deadline: float | None = None
 
-        async def limited() -> Message:
-            nonlocal seen, whole, deadline
-            if whole:  # what comes now is the news that the client left
-                return await receive()
-            loop = asyncio.get_running_loop()
-            deadline = deadline or loop.time() + self._body_s
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                raise _last(408, "request_timeout", f"the body did not arrive within {self._body_s:g} s") from None
-            seen += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
-            if seen > self._max_body_bytes:
-                raise _too_large(self._max_body_bytes)
-            return message
-
-        return limited
-
-
-def _check_headers(scope: Scope, max_body_bytes: int) -> None:
+def _check_headers(scope: Scope) -> None:
     """Refuse what no client of this API sends. Raises ApiError."""
     raw = scope["headers"]
     if len(raw) > MAX_HEADERS or sum(len(name) + len(value) for name, value in raw) > MAX_HEADER_BYTES:
@@ -114,12 +80,6 @@ def _check_headers(scope: Scope, max_body_bytes: int) -> None:
     length = headers.get("content-length", "0")
     if not length.isascii() or not length.isdigit():
         raise _last(400, "invalid_value", "Content-Length must be a number of bytes")
-    if len(length) > len(str(max_body_bytes)) or int(length) > max_body_bytes:
-        raise _too_large(max_body_bytes)
-
-
-def _too_large(limit: int) -> ApiError:
-    return _last(413, "body_too_large", f"the body is larger than {limit} bytes: shorten the prompt")
 
 
 def _last(status: int, code: str, message: str) -> ApiError:

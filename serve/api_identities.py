@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path
 from magicid import adapters
 from magicid.erasure import erase_person
 from magicid.errors import AdapterError
+from magicid.run import Run, identity_uri
 from serve.api_call import Authorized, Call
 from serve.api_errors import ApiError
 from serve.api_models import Alias, IdentityDeleted, Model, ModelList
@@ -50,7 +51,8 @@ def delete_identity(
     run = call.context.settings.adapters
     owners = _owners(call, identity_id)
     # Records first, so that nothing more is made of what is there; adapters last, for without them the identity is no
-    # longer found and an interrupted removal could not be asked for again. Then the records that came meanwhile.
+    # longer found and an interrupted removal could not be asked for again (only by an admin where no manifest is whole:
+    # the run's record of the owner is gone by then). Then the records that came meanwhile.
     videos = _purge(call, identity_id, owners)
     files = erase_person(run, identity_id)
     try:
@@ -78,12 +80,19 @@ def _owners(call: Call, identity_id: str) -> set[str]:
     if identity_id not in adapters.listing(run):  # looked up, never made part of a path before that
         raise unknown
     refs = adapters.list_versions(run, identity_id)
-    owners = {str(adapters.read_manifest(ref.location).get("owner") or "") for ref in refs}
+    published = {str(adapters.read_manifest(ref.location).get("owner") or "") for ref in refs}
+    owners = published or _trained_for(run, identity_id)
     if call.tenant.admin or owners == {call.tenant.name}:
         return owners
-    if call.tenant.name in owners or identity_id in call.tenant.grants:
+    if call.tenant.name in published or (published and identity_id in call.tenant.grants):
         raise ApiError(403, "not_the_owner", "only the identity's owner or an admin may delete it", param="identity_id")
     raise unknown
+
+
+def _trained_for(run: str, identity_id: str) -> set[str]:
+    """Whose the identity is by the run's own record of it, where every manifest is damaged; empty: not known."""
+    found = Run(run)
+    return {found.identity(identity_id).owner} if found.has(identity_uri(identity_id)) else set()
 
 
 def _purge(call: Call, identity_id: str, owners: set[str]) -> int:

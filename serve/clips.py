@@ -1,6 +1,7 @@
 """Finished videos on storage: their bytes in parts, a thumbnail, a spritesheet, and their removal.
 
 Pictures are made from the video when they are asked for and kept nowhere, so a deleted video leaves nothing behind.
+They carry the video's own claim of where it comes from, signed again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import av
 import numpy as np
 from PIL import Image
 
+from magicid import provenance
 from magicid.errors import StorageError
+from magicid.provenance import Signer
 from magicid.storage import file_size, join, open_fs, public_name, remove
 
 MEDIA_TYPES = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
@@ -27,10 +30,14 @@ _DECODING = threading.BoundedSemaphore(2)  # decoders in one process: each takes
 
 
 class Clips:
-    """The videos under one location, by the URIs of their records. Raises StorageError where storage fails."""
+    """The videos under one location, by the URIs of their records. Raises StorageError where storage fails.
 
-    def __init__(self, location: str) -> None:
-        self._location = location
+    Args:
+        signer: signs pictures.
+    """
+
+    def __init__(self, location: str, signer: Signer) -> None:
+        self._location, self._signer = location, signer
 
     def size(self, uri: str) -> int:
         """Bytes of a video."""
@@ -59,37 +66,45 @@ class Clips:
 
     def thumbnail(self, uri: str) -> bytes:
         """The middle frame as WebP, at most 640 px on its longer side."""
-        return _encoded(self._frames(uri, 1, _THUMBNAIL_PX)[0], "WEBP")
+        data = self._whole(uri)
+        return self._signed(_encoded(_frames(uri, data, 1, _THUMBNAIL_PX)[0], "WEBP"), data)
 
     def spritesheet(self, uri: str) -> bytes:
         """16 frames over the whole length, fewer where there are fewer, four in a row, as one JPEG."""
-        tiles = self._frames(uri, _TILES, _TILE_PX)
+        data = self._whole(uri)
+        tiles = _frames(uri, data, _TILES, _TILE_PX)
         width, height = tiles[0].size
         sheet = Image.new("RGB", (width * min(_COLUMNS, len(tiles)), height * math.ceil(len(tiles) / _COLUMNS)))
         for number, tile in enumerate(tiles):
             sheet.paste(tile, (width * (number % _COLUMNS), height * (number // _COLUMNS)))
-        return _encoded(sheet, "JPEG")
+        return self._signed(_encoded(sheet, "JPEG"), data)
 
     def remove(self, uri: str) -> None:
         """Remove a video; nothing happens when it is gone already."""
         remove(join(self._location, uri))
 
-    def _frames(self, uri: str, wanted: int, longest_px: int) -> list[Image.Image]:
-        """Up to `wanted` frames from the middles of equal parts of the video, scaled down to `longest_px`."""
-        data = b"".join(self.read(uri, 0, self.size(uri)))
-        try:
-            with _DECODING, av.open(io.BytesIO(data), "r") as container:
-                stream = container.streams.video[0]
-                count = stream.frames
-                wanted = min(wanted, count)
-                chosen = {int((number + 0.5) * count / wanted) for number in range(wanted)}
-                return [
-                    _scaled(frame, longest_px)
-                    for number, frame in enumerate(container.decode(stream))
-                    if number in chosen
-                ]
-        except (av.FFmpegError, IndexError, ZeroDivisionError) as error:
-            raise StorageError(f"the video {uri} cannot be decoded: {type(error).__name__}", "make it again") from error
+    def _whole(self, uri: str) -> bytes:
+        return b"".join(self.read(uri, 0, self.size(uri)))
+
+    def _signed(self, picture: bytes, video: bytes) -> bytes:
+        """The picture with the video's claim; as it is where the video makes none."""
+        claim = provenance.read(video).claim
+        return picture if claim is None else provenance.sign(picture, claim, self._signer)
+
+
+def _frames(uri: str, data: bytes, wanted: int, longest_px: int) -> list[Image.Image]:
+    """Up to `wanted` frames from the middles of equal parts of the video, scaled down to `longest_px`."""
+    try:
+        with _DECODING, av.open(io.BytesIO(data), "r") as container:
+            stream = container.streams.video[0]
+            count = stream.frames
+            wanted = min(wanted, count)
+            chosen = {int((number + 0.5) * count / wanted) for number in range(wanted)}
+            return [
+                _scaled(frame, longest_px) for number, frame in enumerate(container.decode(stream)) if number in chosen
+            ]
+    except (av.FFmpegError, IndexError, ZeroDivisionError) as error:
+        raise StorageError(f"the video {uri} cannot be decoded: {type(error).__name__}", "make it again") from error
 
 
 def parse_range(header: str, size: int) -> tuple[int, int] | None:

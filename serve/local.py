@@ -19,6 +19,7 @@ from typing import Any
 
 from magicid import adapters
 from magicid.errors import MagicIDError
+from serve import proxy
 from serve.parts import open_tenants
 from serve.settings import ServeSettings, load
 
@@ -76,6 +77,7 @@ def serve_until_interrupted(values: dict[str, str], port: int, ready: Callable[[
 
     from serve.app import app
 
+    os.environ[proxy.VARIABLE] = proxy.CALLBACK
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not os.environ.get("RAY_ADDRESS"):

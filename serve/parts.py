@@ -10,6 +10,7 @@ from serve import webhooks
 from serve.api_call import Parts
 from serve.audit import AuditLog
 from serve.catalog import Catalog
+from serve.clip_writer import open_signer
 from serve.database import Database
 from serve.jobs import JobStore
 from serve.metrics import queue_metrics
@@ -70,4 +71,5 @@ def open_parts(settings: ServeSettings) -> Parts:
         recipe=recipe.load(settings.recipe),
         check_webhook=webhooks.check_url,
         metrics=lambda: queue_metrics(jobs),
+        signer=open_signer(settings),
     )

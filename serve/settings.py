@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from magicid.errors import RecipeError
+from serve.proxy import MAX_BODY_BYTES
 
 
 class ServeSettings(BaseModel):
@@ -34,7 +35,7 @@ class ServeSettings(BaseModel):
     shutdown_s: float = Field(3600, gt=0, description="a replica that stops may finish its videos for this long")
 
     max_queued: int = Field(1000, ge=1, description="open jobs of all tenants; above: 429")
-    max_body_bytes: int = Field(64 << 10, ge=1 << 10)
+    max_body_bytes: int = Field(64 << 10, ge=1 << 10, le=MAX_BODY_BYTES)
     max_frames: int = Field(0, ge=0, description="0: the recipe's")
     max_steps: int = Field(100, ge=1)
     lease_s: float = Field(30, gt=0, description="a replica that is silent for this long has lost its jobs")

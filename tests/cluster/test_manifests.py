@@ -15,7 +15,7 @@ import magicid
 from magicid import recipe
 from magicid.weights import model_folders
 from ray_jobs import customize
-from serve import settings
+from serve import proxy, settings
 from serve.app import app
 from tests.cluster.manifests import (
     CLUSTER,
@@ -249,11 +249,13 @@ def test_secrets_are_named_and_never_written() -> None:
     assert all(d["kind"] != "Secret" for d in documents())
     for name, template in ray_pods():
         only = container(template)
-        assert all("value" not in variable for variable in only.get("env", [])), name
+        written = {v["name"]: v["value"] for v in only.get("env", []) if "value" in v}
+        assert written == ({proxy.VARIABLE: proxy.CALLBACK} if name.startswith("serve") else {}), name  # and no secret
         assert [s["secretRef"]["name"] for s in only.get("envFrom", [])] == (
             [] if name == "submitter" else ["magicid-storage"]
         )
-        database = {v["name"]: v["valueFrom"]["secretKeyRef"]["name"] for v in only.get("env", [])}
+        rest = [v for v in only.get("env", []) if v["name"] not in written]
+        database = {v["name"]: v["valueFrom"]["secretKeyRef"]["name"] for v in rest}
         assert database == ({"PGPASSWORD": "magicid-database"} if name.startswith("serve") else {}), name
     assert (
         ":" not in SERVE["applications"][0]["args"]["database"].split("//")[1].split("@")[0]

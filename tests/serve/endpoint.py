@@ -17,10 +17,12 @@ from starlette.types import ASGIApp
 from magicid import adapters, recipe, storage
 from magicid.adapters import AdapterManifest, AdapterRef
 from magicid.clips import encode_mp4
+from magicid.provenance import Claim, sign
 from serve import webhooks
 from serve.api import Parts, create_api
 from serve.audit import AuditLog
 from serve.catalog import Catalog
+from serve.clip_writer import open_signer
 from serve.database import Database
 from serve.jobs import JobStore
 from serve.schema import Job
@@ -73,6 +75,7 @@ class Endpoint:
         self.catalog = Catalog(self.run, BASE, BASE_SHA256, refresh_s=0)
         self.keys = {name: self.tenants.add(name) for name in ("team-a", "team-b")}
         self.keys["root"] = self.tenants.add("root", admin=True)
+        self.signer = open_signer(self.settings)
         parts = Parts(
             jobs=self.jobs,
             tenants=self.tenants,
@@ -81,6 +84,7 @@ class Endpoint:
             recipe=recipe.load(BASE),
             check_webhook=webhooks.check_url,
             metrics=lambda: b"magicid_queue_jobs 0\n",
+            signer=self.signer,
         )
         self.app = create_api(self.settings, parts)
 
@@ -95,7 +99,9 @@ class Endpoint:
     def finish(self, job: Job) -> Job:
         """Write a clip for a claimed job and complete it."""
         uri = f"{job.id[-2:]}/{job.id}-{job.fence}.mp4"
-        digest = storage.write_bytes(storage.join(self.settings.clips_location, uri), picture(job.request.seed))
+        claim = Claim(BASE, BASE_SHA256, job.target.version, "2030-01-01T00:00:00+00:00")
+        video = sign(picture(job.request.seed), claim, self.signer)
+        digest = storage.write_bytes(storage.join(self.settings.clips_location, uri), video)
         assert self.jobs.complete(job.id, job.fence, video_uri=uri, video_sha256=digest)
         return self.jobs.get(job.id, None)
 

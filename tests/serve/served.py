@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 
 from magicid.clips import decode_mp4
 from tests.ray_jobs.job import ROOT, free_ports, session_processes
@@ -65,6 +66,13 @@ class Served:
         for pid in chosen:
             os.kill(pid, signal.SIGKILL)
         return len(chosen)
+
+    def memory(self, name: str) -> int:
+        """Bytes in memory of the processes that have `name` in their command line."""
+        assert self.process is not None
+        chosen = [pid for pid, command in session_processes(self.process).items() if name in command]
+        assert chosen
+        return sum(psutil.Process(pid).memory_info().rss for pid in chosen)
 
     def kill_all(self) -> None:
         """kill -9 every process of the endpoint, Ray's included."""

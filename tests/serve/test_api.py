@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magicid import adapters, storage
+from magicid import adapters, provenance, storage
 from magicid.clips import decode_mp4
 from magicid.run import clip_uri
 from magicid.schema import MetricRow, ScoredClip
-from serve import api_guard
+from serve import body_bounds
 from serve.schema import Job
 from tests.report.fake_run import fill
-from tests.serve.endpoint import BASE, Endpoint, Server
+from tests.serve.endpoint import BASE, BASE_SHA256, Endpoint, Server
 
 OPEN_FIELDS = {"created_at", "id", "seed"}
 
@@ -311,6 +311,21 @@ def test_content_comes_whole_in_parts_and_as_pictures(endpoint: Endpoint, client
     assert error_of(client.get(url, params={"variant": "audio"}), 400)["param"] == "variant"
 
 
+@pytest.mark.parametrize("variant", ["video", "thumbnail", "spritesheet"])
+def test_everything_served_says_that_it_is_made_by_ai(endpoint: Endpoint, client: httpx.Client, variant: str) -> None:
+    job = finished(endpoint, client, model=f"{BASE}:ada", seed=5)
+    answer = client.get(f"/v1/videos/{job.id}/content", params={"variant": variant})
+    found = provenance.read(answer.content)
+    assert (found.state, found.ai_generated) == ("valid", True)
+    assert found.claim is not None
+    assert (found.claim.base_sha256, found.claim.adapter_version) == (BASE_SHA256, endpoint.ada.version)
+    assert found.claim == provenance.read(storage.read_bytes(endpoint.file(job))).claim
+    url, tag = str(answer.url), answer.headers["etag"]
+    assert client.get(url, headers={"If-None-Match": tag}).status_code == 304
+    part = client.get(url, headers={"Range": "bytes=0-9"})
+    assert part.status_code == (206 if variant == "video" else 200), "pictures come whole: they are signed each time"
+
+
 def test_a_video_without_content_says_why(endpoint: Endpoint, client: httpx.Client) -> None:
     video = post(client)
     url = f"/v1/videos/{video['id']}/content"
@@ -483,6 +498,29 @@ def test_a_deleted_person_leaves_nothing(tmp_path: Path) -> None:
     assert any(endpoint.bruno.version in str(p) for p in left)
 
 
+def test_a_person_whose_manifests_are_all_damaged_can_be_removed_by_the_owner(tmp_path: Path) -> None:
+    fill(str(tmp_path / "run"), ("ada", "bruno"), takes=2)  # the run says that they are the studio's
+    endpoint = Endpoint(tmp_path)
+    endpoint.keys["studio"] = endpoint.tenants.add("studio")
+    endpoint.tenants.grant("team-b", "ada")
+    run = tmp_path / "run"
+    for manifest in (run / "adapters" / "ada").glob("*/manifest.json"):
+        manifest.write_text("{")
+    with Server(endpoint.app) as server:
+        with as_tenant(server, endpoint, "team-a") as other, as_tenant(server, endpoint, "team-b") as guest:
+            unknown = error_of(other.delete("/v1/identities/nobody"), 404)
+            for stranger in (other, guest):  # a grant shows what is offered, and this is not
+                assert error_of(stranger.delete("/v1/identities/ada"), 404) == unknown
+        with as_tenant(server, endpoint, "studio") as owner:
+            answer = owner.delete("/v1/identities/ada")
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["adapters"]
+            assert error_of(owner.delete("/v1/identities/ada"), 404) == unknown
+    names = {part.split(".")[0] for p in run.rglob("*") if p.is_file() for part in p.relative_to(run).parts}
+    assert "ada" not in names
+    assert "bruno" in names
+
+
 # ---- the door ------------------------------------------------------------------------------------------------------
 
 
@@ -564,7 +602,7 @@ def test_a_body_is_counted_while_it_comes(endpoint: Endpoint, server: Server, cl
 
 
 def test_a_body_that_never_comes_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_guard, "BODY_S", 0.2)
+    monkeypatch.setattr(body_bounds, "BODY_S", 0.2)
     endpoint = Endpoint(tmp_path)
     with Server(endpoint.app) as server:
         answer = raw(server, head(endpoint, "Content-Length: 100") + b'{"prompt"')

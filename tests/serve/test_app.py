@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from magicid import adapters, provenance
 from magicid.adapters import AdapterRef
+from serve import proxy
 from tests.serve import people
 from tests.serve.served import Served, difference, prompt
 
@@ -53,6 +56,35 @@ def test_every_answer_is_the_person_and_version_asked_for(served: Served, publis
             assert difference(shown, people.expected(wrong, prompt(number), number, 4)) > 2 * SAME
     listed = served.client.get("/v1/videos", params={"limit": 100}).json()
     assert sorted(video["id"] for video in listed["data"]) == sorted(asked), "none lost, none made twice"
+
+
+def test_the_proxy_takes_no_giant_no_slow_body_and_no_orders(served: Served) -> None:
+    address = (served.client.base_url.host, served.client.base_url.port or 80)
+    start = "POST /v1/videos HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer no\r\nContent-Type: application/json\r\n"
+    slow = socket.create_connection(address, 60)
+    slow.sendall((start + "Content-Length: 100\r\n\r\n{").encode())
+    before = served.memory("ProxyActor")
+    with socket.create_connection(address, 60) as giant:  # a gigabyte, were it taken
+        giant.sendall((start + "Transfer-Encoding: chunked\r\n\r\n").encode())
+        chunk = b"%x\r\n%s\r\n" % (1 << 20, b" " * (1 << 20))
+        with contextlib.suppress(ConnectionError):
+            for _ in range(1024):
+                giant.sendall(chunk)
+        with contextlib.suppress(ConnectionError):  # the answer may be cut off with what nobody reads
+            answer = giant.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 413") or not answer
+    told = served.client.post("/v1/videos", content=b" " * (proxy.MAX_BODY_BYTES + 1))
+    assert (told.status_code, told.json()["error"]["code"]) == (413, "body_too_large")
+    assert served.memory("ProxyActor") - before < 64 << 20
+    steered = {"x-request-id": "\xff", "x-request-timeout-seconds": "0.000001", "serve_multiplexed_model_id": "\xff"}
+    listed = served.client.get(
+        "/v1/models", headers=[(name, value.encode("latin-1")) for name, value in steered.items()]
+    )
+    assert listed.status_code == 200
+    (request_id,) = listed.headers.get_list("x-request-id")
+    assert request_id.startswith("req_")
+    assert slow.recv(65536).startswith(b"HTTP/1.1 408")  # after as long as a body may take
+    slow.close()
 
 
 def test_a_video_says_what_made_it(served: Served, published: dict[str, AdapterRef]) -> None:
