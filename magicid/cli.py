@@ -6,6 +6,8 @@ magicid identities examples/identities --recipe face-world
 magicid identities delete ID --run RUN (or a folder of runs) --proof FILE
 magicid adapters list RUN | show RUN IDENTITY (or IDENTITY@VERSION) | verify RUN
 magicid adapters alias RUN IDENTITY@VERSION ALIAS | rollback RUN IDENTITY ALIAS | delete RUN IDENTITY (or @VERSION)
+magicid status RUN [--watch] [--json] [--failed]
+magicid retry RUN ID... (or --failed, --all) | cancel RUN ID...
 magicid report RUN
 magicid provenance CLIP
 python -m ray_jobs.customize --recipe ... --identities ... --out RUN
@@ -13,15 +15,15 @@ python -m ray_jobs.customize --recipe ... --identities ... --out RUN
 
 from __future__ import annotations
 
-import functools
 import json
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import typer
 import typer.core
+
+from magicid import cli_fleet
+from magicid.cli_errors import told_plainly
 
 if TYPE_CHECKING:
     from magicid.adapters import Alias
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 adapters_app = typer.Typer(no_args_is_help=True, help="The published adapters of a run.")
 app.add_typer(adapters_app, name="adapters")
+cli_fleet.register(app)
 
 
 class _ManifestByDefault(typer.core.TyperGroup):
@@ -55,24 +58,6 @@ RUNS = typer.Option(..., "--run", help="run directory, or a folder of them; may 
 ADAPTER = typer.Argument(..., help="IDENTITY or IDENTITY@VERSION")
 IDENTITY = typer.Argument(..., help="an identity with published adapters")
 _STYLES = {"error": "red", "warning": "yellow", "ok": "dim"}
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def told_plainly(command: F) -> F:
-    """Turns a MagicIDError into one line and exit code 2."""
-
-    @functools.wraps(command)
-    def wrapped(*arguments: Any, **options: Any) -> Any:
-        from magicid.errors import MagicIDError
-
-        try:
-            return command(*arguments, **options)
-        except MagicIDError as error:
-            typer.echo(f"error {' '.join(str(error).split())}", err=True)
-            sys.exit(2)
-
-    return wrapped  # type: ignore[return-value]
 
 
 @app.command()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from magicid import ledger, storage
 from magicid.errors import IdentityError, StorageError
+from magicid.ledger import Record
 from magicid.run import Run
 
 CANCEL, RETRY = "cancel", "retry"
@@ -17,6 +18,8 @@ _FITS = {
     CANCEL: (ledger.WAITING, ledger.RUNNING),
     RETRY: (ledger.FAILED, ledger.CANCELLED),
 }
+_DONE_TO = {CANCEL: "cancelled", RETRY: "retried"}
+_NAMED = 10  # so many ids are spelled out in an error
 
 
 @dataclass(frozen=True)
@@ -28,26 +31,37 @@ class Command:
     location: str
 
 
-def send(run: Run, action: str, identity_id: str) -> ledger.Record:
-    """Ask the driver; returns how the identity stands now.
+def send(run: Run, action: str, identity_ids: Sequence[str]) -> list[Record]:
+    """Ask the driver, for all of them or for none; returns how they stand now.
 
     Raises:
-        IdentityError: the run does not know it, or it is in no state for this.
+        IdentityError: the run does not know one of them, or it is in no state for this.
+        StorageError: the run cannot be read or written.
     """
-    record = ledger.read(run).get(identity_id)
-    name = storage.public_name(run.location)
-    if record is None:
-        raise IdentityError(f"{name} knows no identity {identity_id!r}", "see `magicid status` for those it knows")
-    if record.state not in _FITS[action]:
+    records = ledger.read(run)
+    unknown = [name for name in identity_ids if name not in records]
+    if unknown:
+        name = storage.public_name(run.location)
+        raise IdentityError(f"{name} knows no identity {_listed(unknown)}", "see `magicid status` for those it knows")
+    found = [records[name] for name in dict.fromkeys(identity_ids)]
+    unfit = [record for record in found if record.state not in _FITS[action]]
+    if unfit:
+        states = _listed([f"{record.identity_id} ({record.state})" for record in unfit])
         raise IdentityError(
-            f"{identity_id} is {record.state}: there is nothing to {action}",
+            f"there is nothing to {action}: {states}",
             "a finished adapter is removed with `magicid adapters delete`"
-            if record.state == ledger.DONE and action == CANCEL
-            else f"only what is {' or '.join(_FITS[action])} can be {'cancelled' if action == CANCEL else 'retried'}",
+            if action == CANCEL and any(record.state == ledger.DONE for record in unfit)
+            else f"only what is {' or '.join(_FITS[action])} can be {_DONE_TO[action]}",
         )
-    content = {"action": action, "identity_id": identity_id, "at": time.time()}
-    storage.write_json(run.path("commands", f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.json"), content)
-    return record
+    for record in found:
+        content = {"action": action, "identity_id": record.identity_id, "at": time.time()}
+        storage.write_json(run.path("commands", f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.json"), content)
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def pending(run: Run) -> Iterator[Command]:

@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from magicid import storage
@@ -90,7 +91,10 @@ class Lease:
         """See whether the run is still ours, and say that we live."""
         with self._looking:
             try:
-                if storage.exists(_path(self.run, "lease", self.fence + 1)):
+                # A driver two starts later removed our lease, which is what one that slept very long finds.
+                if storage.exists(_path(self.run, "lease", self.fence + 1)) or not storage.exists(
+                    _path(self.run, "lease", self.fence)
+                ):
                     self._lost = f"{storage.public_name(self.run.location)} is driven by another start of the job"
                 else:
                     self._beat("driving")
@@ -114,11 +118,11 @@ def newest(run: Run) -> dict[str, Any] | None:
     return {**found, "beat": _read_beat(run, found["fence"])}
 
 
-def alive(lease: dict[str, Any] | None) -> bool:
+def alive(lease: dict[str, Any] | None, now: float | None = None) -> bool:
     """Whether the driver of a lease seems to be at work, by its own clock's heartbeat; for show only."""
     if lease is None or lease["beat"].get("state") != "driving" or _known_dead(lease):
         return False
-    return bool(time.time() - lease["beat"]["at"] < lease["beat"]["lease_s"])
+    return bool((time.time() if now is None else now) - lease["beat"]["at"] < lease["beat"]["lease_s"])
 
 
 def _wait_until_free(run: Run, lease: dict[str, Any], lease_s: float, waiting: Callable[[str], None]) -> None:
@@ -135,9 +139,13 @@ def _wait_until_free(run: Run, lease: dict[str, Any], lease_s: float, waiting: C
             return
         if now != beat:
             raise LeaseError(
-                f"{storage.public_name(run.location)} is being driven on {name}",
+                f"{storage.public_name(run.location)} is being driven on {name} since {_time(lease['began'])}",
                 "let it work; `magicid status` shows how far it is. To drive from here, stop that job first",
             )
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _known_dead(lease: dict[str, Any]) -> bool:

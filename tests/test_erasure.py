@@ -46,7 +46,7 @@ def finished(location: str, names: tuple[str, ...] = ("ada", "ada-2", "bruno")) 
     text = "".join(json.dumps(row) + "\n" for row in rows)
     storage.write_bytes(run.path("ledger/events-00000001-00000900.jsonl"), text.encode())
     for name in names:
-        commands.send(run, commands.CANCEL, name)
+        commands.send(run, commands.CANCEL, [name])
         weights = training_uri(name, "sft", adapters.WEIGHTS_NAME)
         sha256 = storage.write_arrays(run.path(weights), {name: np.zeros(len(name))})
         ref = repository.AdapterRef(weights, sha256)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from magicid import ledger, storage
-from magicid.errors import StorageError
+from magicid.errors import LeaseError, StorageError
 from magicid.ledger import Ledger
 from magicid.run import Run
 
@@ -100,3 +100,81 @@ def test_a_reader_beside_a_writer_never_sees_a_state_go_back(run: Run, monkeypat
         stop.set()
         writer.join()
     assert seen == sorted(seen)
+
+
+def files(run: Run) -> list[str]:
+    return [name.rsplit("/", 1)[1] for name in storage.list_files(run.path("ledger"))]
+
+
+def test_a_new_driver_goes_on_and_the_old_ones_files_are_ignored(run: Run) -> None:
+    old = Ledger(run, 1, every_s=0)
+    old.update("ada", owner="t", stage="sft")
+    old.update("bo", owner="t")
+    old.flush()
+    new = Ledger(run, 2, every_s=0)
+    assert new.records["ada"].stage == "sft"
+    new.update("ada", stage="hpo")
+    new.flush()
+    old.update("ada", stage="photo clips")  # it does not know yet that it was overtaken
+    old.update("late", owner="t")
+    old.flush()
+    found = ledger.read(run)
+    assert {name: record.stage for name, record in found.items()} == {"ada": "hpo", "bo": ""}
+    new.close()
+    assert all("-00000002-" in name for name in files(run))  # and they are swept away
+
+
+def test_a_driver_that_lost_its_run_writes_nothing(run: Run) -> None:
+    lost: list[Exception] = []
+
+    def may_write() -> None:
+        if lost:
+            raise lost[0]
+
+    book = Ledger(run, 1, every_s=0, may_write=may_write)
+    book.update("ada", owner="t")
+    lost.append(LeaseError("it is another's", "stop"))
+    before = files(run)
+    for write in (book.flush, book.close):
+        with pytest.raises(LeaseError):
+            write()
+    assert files(run) == before
+
+
+def test_written_behind_without_being_asked(run: Run) -> None:
+    book = Ledger(run, 1, every_s=0.01)
+    book.update("ada", owner="t")
+    for _ in range(3000):
+        if ledger.read(run):
+            break
+        threading.Event().wait(0.01)
+    assert list(ledger.read(run)) == ["ada"]
+    with pytest.raises(KeyError):
+        book.update("new", state=ledger.WAITING)  # whose?
+    book.close()
+
+
+def test_changes_made_together_are_seen_together(run: Run) -> None:
+    book = Ledger(run, 1, every_s=0)
+    for name in ("ada", "bo"):
+        book.update(name, owner="t")
+    book.flush()
+    stop = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not stop.wait(0.01):
+            number += 1
+            for name in ("ada", "bo"):
+                book.update(name, done=float(number))
+            book.flush()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(30):
+            found = ledger.read(run)
+            assert found["ada"].done == found["bo"].done
+    finally:
+        stop.set()
+        writer.join()
