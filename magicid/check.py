@@ -19,7 +19,7 @@ from magicid.errors import BackboneError, MagicIDError, RecipeError, StorageErro
 from magicid.prompts import load_prompts
 from magicid.recipe import Recipe
 from magicid.storage import check_creates_once, check_writable, public_name
-from magicid.weights import resolve
+from magicid.weights import NO_FOLDER, resolve
 
 Level = Literal["ok", "warning", "error"]
 
@@ -74,11 +74,8 @@ def _model_locations(recipe: Recipe) -> dict[str, str]:
         "rewards.semantics": recipe.rewards.semantics,
         **{
             f"evaluation.{key}": location
-            for key, location in (
-                ("identity", recipe.evaluation.identity),
-                ("classifier", recipe.evaluation.classifier),
-            )
-            if location and recipe.evaluation.clips
+            for key in ("identity", "motion", "pose", "clip", "video", "classifier")
+            if (location := getattr(recipe.evaluation, key)) not in NO_FOLDER and recipe.evaluation.clips
         },
     }
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from magicid import recipe
 from magicid.errors import PhotoError
+from magicid.storage import read_bytes
 
 # Only these decoders are given the bytes. GIF is here to be told that it is animated.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
@@ -92,3 +93,8 @@ def _is_text(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return all(character.isprintable() or character.isspace() for character in text)
+
+
+def read_image(location: str) -> NDArray[np.uint8]:
+    """An image that a run made itself, RGB (H, W, 3). Raises StorageError when it is not there."""
+    return np.asarray(Image.open(io.BytesIO(read_bytes(location))).convert("RGB"))

@@ -250,10 +250,16 @@ class Fleet(Section):
 
 
 class Evaluation(Section):
-    """The table: held-out prompts, networks that no reward used."""
+    """The table: held-out prompts, networks that no reward used. An empty folder leaves its metrics null."""
 
     clips: int = Field(40, ge=0, description="held-out clips per identity and method; 0: no table")
     identity: str = Field("", description="an insightface folder, not the reward's")
+    detection_size: int = Field(0, ge=0, description="square input of its face detector, px; 0: as for the reward")
+    motion: str = Field("dis", description="a RAFT folder, not the reward's, or dis: OpenCV's DIS flow")
+    pose: str = Field("", description="world:pose, or landmarks: by the five points of the face detector")
+    clip: str = Field("", description="a transformers CLIP folder; empty: the classifier's features where there are")
+    video: str = Field("", description="a folder with the I3D TorchScript file; empty: likewise")
+    video_reference: str = Field("", description="a folder of clips that FVD compares with")
     classifier: str = Field("", description="world:classifier, or empty")
     seed: int = 1000
 

@@ -146,11 +146,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One evaluation clip measured by networks that were never optimised against; null where it cannot be measured."""
+    """One evaluation clip measured by networks that were never optimised against; null where it cannot be measured.
+
+    Columns of measurements: `magicid.evaluation.metrics`.
+    """
 
     clip_id: str
     identity_id: str  # whose references it was compared with
-    method: str  # base, sft, hpo or validation
+    method: str  # base, sft, hpo or validation; outside a run any name
     prompt: str
     seed: int
     face_sim: float | None  # mean cosine with the references, metric recogniser, -1..1
@@ -163,6 +166,22 @@ class MetricRow:
     width: int
     video_uri: str | None
     error: str | None = None
+    face_sim_missing0: float | None = None  # as face_sim, a frame without a face counts 0
+    dynamic_degree: float | None = None  # 1 dynamic, 0 not, by VBench's rule
+    head_motion: float | None = None  # half head heights per second
+    temporal_flickering: float | None = None  # VBench's, 0..1; 1 is frozen
+    warp_error: float | None = None  # grey levels 0..255
+    temporal_consistency: float | None = None  # mean cosine of adjacent frames' embeddings
+    clip_t: float | None = None  # 100 x cosine with the prompt
+    clip_i: float | None = None  # 100 x cosine with the reference photos
+    action: float | None = None  # 1 when the prompt's action is recognised, else 0
+    place: float | None = None  # the same for the place
+    video_features: list[float] | None = None  # for the Fréchet video distance
+    train_seed: int = 0
+    step: int = 0  # training steps behind the clip, all stages together; 0: base model, or not known
+    setting: str = ""  # what differs from the method's recipe, as key=value
+    base_sha256: str = ""
+    adapter_sha256: str = ""
 
 
 T = TypeVar("T")

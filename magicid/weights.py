@@ -11,6 +11,7 @@ from magicid.errors import BackboneError
 from magicid.recipe import Recipe
 from magicid.storage import sha256_json
 
+NO_FOLDER = ("", "dis", "landmarks")  # what a recipe may name that is no model folder
 _WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".json", ".txt", ".model")
 
 
@@ -32,8 +33,9 @@ def model_folders(recipe: Recipe) -> list[str]:
     rewards, evaluation = recipe.rewards, recipe.evaluation
     named = [recipe.backbone.path, rewards.identity, rewards.motion, rewards.semantics]
     if evaluation.clips:
-        named += [evaluation.identity, evaluation.classifier]
-    return [location for location in named if location]
+        named += [evaluation.identity, evaluation.motion, evaluation.pose, evaluation.clip, evaluation.video]
+        named += [evaluation.classifier]
+    return [location for location in named if location not in NO_FOLDER]
 
 
 def folder_sha256(folder: Path, subfolders: tuple[str, ...] = ("",)) -> str:

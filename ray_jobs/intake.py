@@ -38,15 +38,16 @@ class CheckIdentities:
         self.recipe, self.run = Recipe.model_validate(recipe), Run(run)
         self.attempts = Attempts(self.run, job, self.recipe.repository.attempts)
         limit_threads(self.recipe.resources.threads)
-        self.faces = self._reader(self.recipe.rewards.identity)
-        metric = self.recipe.evaluation.identity
-        self.metric_faces = self._reader(metric) if metric else None
+        self.faces = self._reader(self.recipe.rewards.identity, self.recipe.rewards.detection_size)
+        metric = self.recipe.evaluation
+        size = metric.detection_size or self.recipe.rewards.detection_size
+        self.metric_faces = self._reader(metric.identity, size) if metric.identity else None
         watchdog.limit_memory(self.recipe.fleet.memory_limit_gib)
 
-    def _reader(self, folder: str) -> IdentityReward:
+    def _reader(self, folder: str, detection_size: int) -> IdentityReward:
         return IdentityReward.from_pretrained(
             resolve(folder),
-            detection_size=self.recipe.rewards.detection_size,
+            detection_size=detection_size,
             detection_threshold=self.recipe.identities.detection_threshold,
             device=device(),
         )

@@ -32,6 +32,7 @@ from magicid.attempts import Attempts
 from magicid.clips import decode_mp4
 from magicid.errors import MagicIDError, RewardError
 from magicid.generation import Generator
+from magicid.photos import read_image
 from magicid.recipe import Recipe
 from magicid.run import Run
 from magicid.schema import EVALUATION_CLIP, VALIDATION_CLIP, Clip, MetricRow, ScoredClip
@@ -262,10 +263,14 @@ class MeasureClips(Scorer):
         from magicid.evaluation.metrics import Metrics
 
         self.metrics = Metrics.from_recipe(self.recipe, device=device())
-        self.references = functools.lru_cache(maxsize=1000)(self._references)
+        self.base_sha256 = str(storage.read_json(self.run.path("run.json")).get("base_sha256", ""))
+        self.person = functools.lru_cache(maxsize=1000)(self._person)
 
-    def _references(self, identity_id: str) -> np.ndarray:
-        return np.asarray(self.run.identity(identity_id).metric_references, np.float32)
+    def _person(self, identity_id: str) -> tuple[np.ndarray, list[np.ndarray]]:
+        """What this person's clips are compared with: reference embeddings, and photos where a metric looks at them."""
+        person = self.run.identity(identity_id)
+        photos = [read_image(self.run.path(uri)) for uri in person.photos] if self.metrics.looks_at_photos else []
+        return np.asarray(person.metric_references, np.float32), photos
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         clips = [schema.from_row(ScoredClip, row) for row in batch.to_pylist()]
@@ -285,18 +290,28 @@ class MeasureClips(Scorer):
         return dataclasses.replace(result, clip=dataclasses.replace(result.clip, seconds=seconds))
 
     def score(self, row: ScoredClip, frames: np.ndarray, fps: int) -> Finished:
-        values = self.metrics.measure(frames, fps, row.prompt, self.references(str(row.identity_id)))
-        return Finished(row, schema.from_row(MetricRow, {**values, **self._asked(row), "error": values.get("error")}))
+        values = self.metrics.measure(frames, fps, row.prompt, *self.person(str(row.identity_id)))
+        return Finished(row, schema.from_row(MetricRow, {**values, **self._asked(row)}))
 
     def failed(self, row: ScoredClip, why: str) -> Finished:
-        empty = dict.fromkeys(("face_sim", "face_detect_rate", "dynamic_magnitude", "prompt_score"))
+        from magicid.evaluation.metrics import COLUMNS
+
+        empty = dict.fromkeys(COLUMNS)
         sizes = {key: getattr(self.recipe.sampling, key) for key in ("fps", "frames", "height", "width")}
         return Finished(row, schema.from_row(MetricRow, {**self._asked(row), **empty, **sizes, "error": why}))
 
-    @staticmethod
-    def _asked(row: ScoredClip) -> dict[str, Any]:
+    def _asked(self, row: ScoredClip) -> dict[str, Any]:
         names = ("clip_id", "identity_id", "method", "prompt", "seed", "video_uri")
-        return {name: getattr(row, name) for name in names}
+        adapter = {"base_sha256": self.base_sha256, "adapter_sha256": row.adapter_sha256 or ""}
+        return {name: getattr(row, name) for name in names} | adapter | self._trained(row)
+
+    def _trained(self, row: ScoredClip) -> dict[str, Any]:
+        """How long the adapter behind a clip was trained, and from which seed."""
+        sft, hpo = self.recipe.sft, self.recipe.hpo
+        if row.kind == VALIDATION_CLIP:
+            return {"step": sft.steps + row.seed, "train_seed": hpo.seed}
+        steps = {"sft": sft.steps, "hpo": sft.steps + hpo.steps}
+        return {"step": steps.get(row.method, 0), "train_seed": hpo.seed if row.method == "hpo" else sft.seed}
 
 
 def finished(batch: pa.Table) -> list[Finished]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import rich.table
-from numpy.typing import NDArray
 from rich.text import Text
 
+from magicid.evaluation.intervals import LEVEL, bootstrap
 from magicid.schema import MetricRow
 
 METRICS = ("face_sim", "face_detect_rate", "dynamic_magnitude", "prompt_score")
@@ -23,8 +22,6 @@ TITLES = {
     "dynamic_magnitude": "dynamic_magnitude",
     "prompt_score": "prompt score",
 }
-LEVEL = 0.95
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -42,25 +39,6 @@ class Estimate:
     high: float | None
     n: int  # clips that have the metric
     nulls: int  # clips that do not
-
-
-def bootstrap(
-    values: Sequence[float] | NDArray[Any], *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
-) -> tuple[float | None, float | None, float | None]:
-    """(mean, low, high) of values: percentile bootstrap over clips, seeded. None where there is nothing to say.
-
-    One value has a mean and no interval.
-    """
-    array = np.asarray(values, dtype=np.float64)
-    if not array.size:
-        return None, None, None
-    mean = float(array.mean())
-    if array.size == 1:
-        return mean, None, None
-    rng = np.random.default_rng(seed)
-    means = array[rng.integers(0, array.size, (resamples, array.size))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return mean, float(low), float(high)
 
 
 def table(rows: Sequence[MetricRow], *, seed: int = 0) -> list[Estimate]:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from magicid import recipe
-from magicid.evaluation.metrics import Metrics, dis_flow
+from magicid.evaluation.metrics import Metrics, Sample
+from magicid.evaluation.metrics.motion import dis_flow
 from magicid.rewards.dynamics import MotionReward
 from magicid.rewards.identity import IdentityReward, identity_reward
 from magicid.rewards.semantics import SemanticsReward
@@ -95,13 +96,26 @@ def test_right_prompts_are_rated_above_wrong_ones(clips) -> None:
 
 
 @shipped("classifier")
-def test_the_prompt_score_is_high_for_what_a_clip_shows(clips) -> None:
+def test_what_a_clip_shows_is_recognised(clips) -> None:
     metrics = Metrics.from_recipe(recipe.load("face-world", {"evaluation.identity": ""}))
     labels = [(int(action), int(place)) for action, place in zip(clips.actions, clips.places)]
-    right = [metrics.prompt_score(f, caption(a, p, variant=1)) for f, (a, p) in zip(clips.frames, labels)]
-    wrong = [metrics.prompt_score(f, caption((a + 3) % 8, p)) for f, (a, p) in zip(clips.frames, labels)]
-    assert np.mean(np.array(right, dtype=float)) > 0.7
-    assert np.mean(np.array(wrong, dtype=float)) < 0.2
+    asked = [caption(a, p, variant=1) for a, p in labels] + [caption((a + 3) % 8, p) for a, p in labels]
+    rows = metrics.measure_many([Sample(f, 8, prompt) for f, prompt in zip([*clips.frames, *clips.frames], asked)])
+    right, wrong = rows[: len(labels)], rows[len(labels) :]
+    assert np.mean([row["prompt_score"] for row in right]) > 0.7
+    assert np.mean([row["prompt_score"] for row in wrong]) < 0.2
+    assert [row["action"] for row in right] == [1.0] * len(labels)
+    assert [row["action"] for row in wrong] == [0.0] * len(labels)
+    assert [row["place"] for row in wrong] == [1.0] * len(labels)
+
+
+@shipped("classifier")
+def test_the_features_of_clips_change_slowly_and_tell_places_apart(clips) -> None:
+    metrics = Metrics.from_recipe(recipe.load("face-world", {"evaluation.identity": ""}))
+    jumbled = clips.frames[[0, 1, 2, 3, 4, 5] * 2, np.arange(12) % 13]  # a frame of another clip each time
+    rows = metrics.measure_many([*(Sample(f, 8) for f in clips.frames), Sample(jumbled, 8)])
+    assert min(row["temporal_consistency"] for row in rows[:-1]) > rows[-1]["temporal_consistency"] + 0.01
+    assert len(rows[0]["video_features"]) == 96
 
 
 @shipped("classifier")

@@ -1,0 +1,162 @@
+"""Results: one row for each measured clip, in Parquet or JSON lines, and what a method comes to.
+
+The rows of any number of runs, methods and places can be read together, as long as they have the columns of
+`magicid.schema.MetricRow`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from magicid import schema, storage
+from magicid.errors import StorageError
+from magicid.evaluation.intervals import Interval, Statistic, difference, hierarchical
+from magicid.schema import MetricRow
+
+MEASURES = (
+    "face_sim", "face_sim_missing0", "face_detect_rate", "dynamic_degree", "dynamic_magnitude", "head_motion",
+    "temporal_flickering", "warp_error", "temporal_consistency", "clip_t", "clip_i", "action", "place", "prompt_score",
+)  # fmt: skip
+"""The columns that have a mean; the Fréchet distance is one of sets."""
+BY = ("method", "setting", "step")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One measure of one group of rows: mean and 95 % interval over people, training seeds and clips.
+
+    `interval` is null when no clip has the measure.
+    """
+
+    group: tuple[Any, ...]
+    measure: str
+    interval: Interval | None
+    nulls: int  # clips without it
+
+
+def write(location: str, rows: Sequence[MetricRow]) -> None:
+    """Write rows as Parquet, or as JSON lines where the location ends in `.jsonl`."""
+    if location.endswith(".jsonl"):
+        text = "".join(json.dumps(schema.to_row(row)) + "\n" for row in rows)
+        storage.write_bytes(location, text.encode())
+    else:
+        storage.write_table(location, schema.to_rows(rows), schema.arrow_schema(MetricRow))
+
+
+def read(locations: Iterable[str]) -> list[MetricRow]:
+    """The rows of files (`.parquet`, `.jsonl`), of folders of them, and of run directories.
+
+    A clip that comes again under the same method, setting, step, training seed and identity counts once, the last one.
+
+    Raises:
+        StorageError: nothing there, or a file without the columns.
+    """
+    rows: dict[tuple[Any, ...], MetricRow] = {}
+    for location in locations:
+        for file in _files(location):
+            for row in _rows(file):
+                key = (row.identity_id, row.method, row.setting, row.step, row.train_seed, row.clip_id)
+                rows[key] = row
+    return [row for row in rows.values() if row.method != "validation"]
+
+
+def _files(location: str) -> list[str]:
+    if location.endswith((".parquet", ".jsonl")):
+        return [location]
+    inside = storage.join(location, "evaluation")
+    folder = inside if storage.list_files(inside) else location
+    files = [file for file in storage.list_files(folder) if file.endswith((".parquet", ".jsonl"))]
+    if not files:
+        raise StorageError(f"{location} holds no results", "give a run directory, or .parquet or .jsonl files of rows")
+    return files
+
+
+def _rows(file: str) -> list[MetricRow]:
+    try:
+        if file.endswith(".jsonl"):
+            table = [json.loads(line) for line in storage.read_bytes(file).decode().splitlines() if line.strip()]
+        else:
+            table = storage.read_table(file)
+        return [schema.from_row(MetricRow, row) for row in table]
+    except (TypeError, ValueError) as error:
+        raise StorageError(f"{file} holds no metric rows: {error}", "give files that magicid wrote") from error
+
+
+def estimates(
+    rows: Sequence[MetricRow], measures: Sequence[str] = MEASURES, by: Sequence[str] = BY, *, seed: int = 0
+) -> list[Estimate]:
+    """Every measure of every group of rows that agree in the fields `by`, groups in the order of their first rows."""
+    groups: dict[tuple[Any, ...], list[MetricRow]] = {}
+    for row in rows:
+        groups.setdefault(tuple(getattr(row, name) for name in by), []).append(row)
+    found = []
+    for group, members in groups.items():
+        for measure in measures:
+            interval = estimate(members, measure, seed=seed)
+            count = interval.clips if interval else 0
+            found.append(Estimate(group, measure, interval, len(members) - count))
+    return found
+
+
+def estimate(rows: Sequence[MetricRow], measure: str, *, seed: int = 0) -> Interval | None:
+    """The mean of a measure over rows that have it, with its interval."""
+    measured = sorted((row for row in rows if _known(getattr(row, measure))), key=lambda row: row.clip_id)
+    return hierarchical(
+        [getattr(row, measure) for row in measured],
+        [row.identity_id for row in measured],
+        [row.train_seed for row in measured],
+        seed=seed,
+    )
+
+
+def share_above(rows: Sequence[MetricRow], measure: str, threshold: float, *, seed: int = 0) -> Interval | None:
+    """The share of clips whose measure is above a threshold; a clip without the measure is not above it."""
+    ordered = sorted(rows, key=lambda row: row.clip_id)
+    above = [float(_known(value := getattr(row, measure)) and value > threshold) for row in ordered]
+    return hierarchical(above, [row.identity_id for row in ordered], [row.train_seed for row in ordered], seed=seed)
+
+
+def compare(
+    first: Sequence[MetricRow],
+    second: Sequence[MetricRow],
+    measure: str,
+    statistic: Statistic = difference,
+    *,
+    seed: int = 0,
+) -> Interval | None:
+    """First against second over the clips of the same person, prompt, seed and training seed; None when none fits.
+
+    A method with one training (the base model) is compared with every training of the other.
+    """
+    others = {_key(row): row for row in second}
+    trainings = {row.train_seed for row in second}
+    matched = []
+    for row in sorted(first, key=lambda row: row.clip_id):
+        key = _key(row)
+        other = others.get(key)
+        if other is None and len(trainings) == 1:
+            other = others.get((*key[:-1], *trainings))
+        if other is not None and _known(getattr(row, measure)) and _known(getattr(other, measure)):
+            matched.append((row, other))
+    if not matched:
+        return None
+    return hierarchical(
+        np.array([[getattr(a, measure), getattr(b, measure)] for a, b in matched]),
+        [a.identity_id for a, _ in matched],
+        [a.train_seed for a, _ in matched],
+        statistic=statistic,
+        seed=seed,
+    )
+
+
+def _key(row: MetricRow) -> tuple[Any, ...]:
+    return (row.identity_id, row.prompt, row.seed, row.train_seed)
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and bool(np.isfinite(value))
