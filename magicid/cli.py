@@ -9,6 +9,8 @@ magicid adapters alias RUN IDENTITY@VERSION ALIAS | rollback RUN IDENTITY ALIAS 
 magicid status RUN [--watch] [--json] [--failed]
 magicid retry RUN ID... (or --failed, --all) | cancel RUN ID...
 magicid report RUN
+magicid evaluate --clips DIR --identities M --name NAME --out RESULTS
+magicid results RESULTS... --out DIR
 magicid provenance CLIP
 python -m ray_jobs.customize --recipe ... --identities ... --out RUN
 """
@@ -24,6 +26,7 @@ import typer.core
 
 from magicid import cli_fleet
 from magicid.cli_errors import told_plainly
+from magicid.evaluation import commands
 
 if TYPE_CHECKING:
     from magicid.adapters import Alias
@@ -430,6 +433,8 @@ def show_rejected(rejected: list[Rejected]) -> None:
     """Print what cannot be used, and why."""
     show(["cannot be used", "why", "what to do"], [[r.name, r.problem, r.action] for r in rejected])
 
+
+commands.register(app, told_plainly)
 
 if __name__ == "__main__":
     app()

@@ -91,16 +91,31 @@ def estimates(
     rows: Sequence[MetricRow], measures: Sequence[str] = MEASURES, by: Sequence[str] = BY, *, seed: int = 0
 ) -> list[Estimate]:
     """Every measure of every group of rows that agree in the fields `by`, groups in the order of their first rows."""
-    groups: dict[tuple[Any, ...], list[MetricRow]] = {}
-    for row in rows:
-        groups.setdefault(tuple(getattr(row, name) for name in by), []).append(row)
     found = []
-    for group, members in groups.items():
+    for group, members in grouped(rows, by).items():
         for measure in measures:
             interval = estimate(members, measure, seed=seed)
             count = interval.clips if interval else 0
             found.append(Estimate(group, measure, interval, len(members) - count))
     return found
+
+
+def grouped(rows: Sequence[MetricRow], by: Sequence[str]) -> dict[tuple[Any, ...], list[MetricRow]]:
+    """The rows that agree in the fields `by`, groups in the order of their first rows."""
+    groups: dict[tuple[Any, ...], list[MetricRow]] = {}
+    for row in rows:
+        groups.setdefault(tuple(getattr(row, name) for name in by), []).append(row)
+    return groups
+
+
+def last_steps(rows: Sequence[MetricRow]) -> list[MetricRow]:
+    """The rows of the highest training step of each method and setting, at its greatest length of clips."""
+    kept = []
+    for members in grouped(rows, ["method", "setting"]).values():
+        step = max(row.step for row in members)
+        frames = max(row.frames for row in members if row.step == step)
+        kept += [row for row in members if row.step == step and row.frames == frames]
+    return kept
 
 
 def estimate(rows: Sequence[MetricRow], measure: str, *, seed: int = 0) -> Interval | None:

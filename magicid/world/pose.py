@@ -23,9 +23,11 @@ _MEAN = torch.tensor([0.5, 0.48, 0.0, 0.0, 0.0, 0.0])
 _SPREAD = torch.tensor([0.08, 0.06, 0.4, 0.3, 0.15, 0.12])
 
 
-def _conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+def _conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
     )
 
 
@@ -40,12 +42,12 @@ class HeadPose(nn.Module):
         super().__init__()
         self.config = {"architecture": "head_pose", "width": width}
         self.trunk = nn.Sequential(
-            _conv(3, width, 1),
-            _conv(width, 2 * width, 2),
-            _conv(2 * width, 3 * width, 2),
-            _conv(3 * width, 4 * width, 2),
+            _conv(3, width, 5, 2),
+            _conv(width, 2 * width, 3, 2),
+            _conv(2 * width, 2 * width, 3, 1),
+            _conv(2 * width, 4 * width, 3, 2),
         )
-        self.narrow = _conv(4 * width, 32, 1)
+        self.narrow = _conv(4 * width, 32, 3, 1)
         self.head = nn.Sequential(nn.Linear(32 * 36, 128), nn.ReLU(inplace=True), nn.Linear(128, len(TARGETS)))
 
     def forward(self, frames: Tensor) -> Tensor:

@@ -14,10 +14,16 @@ from magicid.schema import MetricRow
 
 
 def row(clip: str, person: str = "ann", method: str = "hpo", face: float | None = 0.5, **more) -> MetricRow:
-    values = {"prompt": f"p{clip}", "seed": int(clip), "dynamic_magnitude": 4.0, "prompt_score": 1.0, **more}
+    values = {
+        "prompt": f"p{clip}",
+        "seed": int(clip),
+        "dynamic_magnitude": 4.0,
+        "prompt_score": 1.0,
+        "frames": 13,
+    } | more
     return MetricRow(
         clip_id=f"{method}-{person}-{clip}", identity_id=person, method=method, face_sim=face, face_detect_rate=1.0,
-        fps=8, frames=13, height=48, width=48, video_uri=None, **values,
+        fps=8, height=48, width=48, video_uri=None, **values,
     )  # fmt: skip
 
 

@@ -1,0 +1,141 @@
+"""The results as one document: tables of every method with intervals, figures, the paper's numbers, the conditions."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from magicid import storage
+from magicid.evaluation import figures, paper, results
+from magicid.evaluation.intervals import LEVEL, Interval
+from magicid.evaluation.metrics.video import frechet_distance
+from magicid.evaluation.names import method_name, order
+from magicid.schema import MetricRow
+
+DIGITS = {
+    "face_sim": 3, "face_sim_missing0": 3, "face_detect_rate": 3, "dynamic_degree": 2, "dynamic_magnitude": 2,
+    "head_motion": 2, "temporal_flickering": 4, "warp_error": 2, "temporal_consistency": 4, "clip_t": 2, "clip_i": 2,
+    "action": 2, "place": 2, "prompt_score": 2,
+}  # fmt: skip
+
+
+def write(rows: Sequence[MetricRow], folder: str, reference: Sequence[MetricRow] = ()) -> list[str]:
+    """Write results.md, results.json and the figures (SVG and PNG) into a folder on any fsspec URL; returns the names.
+
+    Args:
+        rows: of all methods; figures whose rows are not there are left out.
+        reference: rows whose features the Fréchet video distance is taken to; empty: no such column.
+    """
+    drawn = figures.draw_all(rows)
+    files = {f"{name}.{kind}": data for name, pictures in drawn.items() for kind, data in pictures.items()}
+    files["results.json"] = (json.dumps(to_json(rows, reference), indent=1) + "\n").encode()
+    files["results.md"] = to_markdown(rows, reference, list(drawn)).encode()
+    for name, data in files.items():
+        storage.write_bytes(storage.join(folder, name), data)
+    return sorted(files)
+
+
+def to_markdown(rows: Sequence[MetricRow], reference: Sequence[MetricRow] = (), drawn: Sequence[str] = ()) -> str:
+    """The document, its figures named as files beside it."""
+    parts = ["# Results\n", _methods(rows, reference)]
+    parts += [f"![{figures.TITLES[name]}]({name}.svg)\n" for name in drawn]
+    if len({row.method for row in rows}) > 1:
+        parts += ["## The paper's own numbers\n", *(paper.markdown(table) for table in paper.TABLES)]
+        parts.append("40 people, 40 prompts, 61 frames of HunyuanVideo: of other worlds the order compares.\n")
+    return "\n".join(parts)
+
+
+def to_json(rows: Sequence[MetricRow], reference: Sequence[MetricRow] = ()) -> dict[str, Any]:
+    """Every estimate of every (method, setting, step), and the conditions."""
+    groups = results.grouped(rows, results.BY)
+    return {
+        "level": LEVEL,
+        "conditions": conditions(rows),
+        "methods": [
+            {
+                **dict(zip(results.BY, group)),
+                "clips": len(members),
+                "fvd": fvd(members, reference),
+                "measures": {name: _plain(results.estimate(members, name)) for name in results.MEASURES},
+            }
+            for group, members in groups.items()
+        ],
+    }
+
+
+def fvd(rows: Sequence[MetricRow], reference: Sequence[MetricRow]) -> float | None:
+    """The Fréchet video distance of rows that have features; None where there are fewer than two on a side."""
+    one, other = ([row.video_features for row in side if row.video_features] for side in (rows, reference))
+    if min(len(one), len(other)) < 2:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # N is in the table
+        return frechet_distance(np.array(one), np.array(other))
+
+
+def conditions(rows: Sequence[MetricRow]) -> dict[str, Any]:
+    """What the numbers hold for."""
+
+    def listed(name: str) -> list[Any]:
+        return sorted({getattr(row, name) for row in rows if getattr(row, name) != ""})
+
+    return {
+        "people": len({row.identity_id for row in rows}),
+        "prompts": len({row.prompt for row in rows}),
+        "seeds": len({row.seed for row in rows}),
+        "training_seeds": len({row.train_seed for row in rows}),
+        "clips": len(rows),
+        "nulls": sum(row.error is not None for row in rows),
+        "sizes": sorted({f"{r.frames} frames of {r.width}x{r.height} at {r.fps} fps" for r in rows}),
+        "base_sha256": listed("base_sha256"),
+        "adapters": len(listed("adapter_sha256")),
+    }
+
+
+def _methods(rows: Sequence[MetricRow], reference: Sequence[MetricRow]) -> str:
+    last = results.last_steps(rows)
+    measures = [name for name in results.MEASURES if any(getattr(row, name) is not None for row in last)]
+    heads = ["method", "steps", "N", *measures, *(["fvd"] if reference else [])]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    groups = results.grouped(last, results.BY)
+    for group in sorted(groups, key=lambda key: (order(key[0]), key)):
+        members = groups[group]
+        method, setting, step = group
+        name = method_name(method) + (f", {setting}" if setting else "")
+        cells = [_cell(results.estimate(members, measure), len(members), DIGITS[measure]) for measure in measures]
+        distance = fvd(members, reference)
+        lines.append(
+            [name, str(step or "–"), str(len(members)), *cells, *([_number(distance, 1)] if reference else [])]
+        )
+    found = conditions(last)
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    sizes = "; ".join(found["sizes"])
+    return (
+        f"{text}\n\nMean [{LEVEL:.0%} interval, hierarchical bootstrap over people, training seeds and clips] of the "
+        f"last step of each method; every person counts alike. {found['people']} people, {found['prompts']} prompts, "
+        f"{found['training_seeds']} training seeds; {sizes}; {found['nulls']} clips with something that could not be "
+        f"measured{', in brackets how many lack it' if found['nulls'] else ''}. "
+        "Definitions: `magicid.evaluation.metrics`.\n"
+    )
+
+
+def _cell(interval: Interval | None, clips: int, digits: int) -> str:
+    if interval is None:
+        return "–"
+    text = f"{interval.mean:.{digits}f}"
+    if interval.low is not None and interval.high is not None:
+        text += f" [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+    missing = clips - interval.clips
+    return f"{text} ({missing} null)" if missing else text
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _plain(interval: Interval | None) -> dict[str, Any] | None:
+    return None if interval is None else dict(vars(interval))

@@ -1,0 +1,232 @@
+"""The figures, each from rows alone: mean and 95 % interval over people, training seeds and clips at every point.
+
+- `face_sim_by_frames`: the paper's figure 2a
+- `motion_by_step`: the paper's figure 2b, by both measures of motion
+- `identity_against_motion_*`: each method as a curve over its training steps; up and to the right is better
+- `settings_*`: held-out measures against one setting, such as beta or the learning rate
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+
+from magicid.evaluation import results
+from magicid.evaluation.intervals import Interval
+from magicid.evaluation.names import MEASURES, method_name, order
+from magicid.schema import MetricRow
+
+MOTIONS = ("dynamic_magnitude", "head_motion")
+SETTING_MEASURES = ("face_sim", "dynamic_magnitude", "head_motion", "action")
+TITLES = {
+    "face_sim_by_frames": "Identity against the number of frames",
+    "motion_by_step": "Motion against training steps",
+    "identity_against_motion_dynamic_magnitude": "Identity against motion by optical flow",
+    "identity_against_motion_head_motion": "Identity against motion of the head",
+    "settings_beta": "Held-out measures against beta",
+    "settings_learning_rate": "Held-out measures against the learning rate",
+}
+_COLOURS = (
+    "#6b7280",
+    "#d97706",
+    "#059669",
+    "#7c3aed",
+    "#2563eb",
+    "#db2777",
+    "#0891b2",
+    "#65a30d",
+    "#dc2626",
+    "#111827",
+)
+_STYLE = {
+    "svg.hashsalt": "magicid", "svg.fonttype": "path", "font.size": 9, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e5e7eb", "grid.linewidth": 0.6,
+    "axes.axisbelow": True, "legend.frameon": False, "figure.constrained_layout.use": True,
+}  # fmt: skip
+
+Pictures = dict[str, bytes]
+Point = tuple[Any, Interval, Interval]
+
+
+def draw_all(rows: Sequence[MetricRow]) -> dict[str, Pictures]:
+    """Every figure whose rows are there: name -> {"svg": bytes, "png": bytes}."""
+    plain = [row for row in rows if not row.setting]
+    drawn: dict[str, Pictures] = {}
+    for motion in MOTIONS:
+        if _several(plain, "step") and any(getattr(row, motion) is not None for row in plain):
+            drawn[f"identity_against_motion_{motion}"] = identity_against_motion(plain, motion)
+    if _several(plain, "frames"):
+        drawn["face_sim_by_frames"] = face_sim_by_frames(plain)
+    if _several(plain, "step"):
+        drawn["motion_by_step"] = motion_by_step(plain)
+    for key in ("beta", "learning_rate"):
+        if any(setting_value(row.setting, key) is not None for row in rows):
+            drawn[f"settings_{key}"] = by_setting(rows, key)
+    return drawn
+
+
+def identity_against_motion(rows: Sequence[MetricRow], motion: str = "dynamic_magnitude") -> Pictures:
+    """face_sim (x) against motion (y), every method a curve over its steps that begins at the base model."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for method, colour in _methods(rows):
+            points = curve(rows, method, motion)
+            _curve(axes, points, method_name(method), colour, crosses=method == "base" or len(points) == 1)
+        axes.set_xlabel(MEASURES["face_sim"])
+        axes.set_ylabel(MEASURES[motion])
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="best")
+
+    return _pictures(draw, (6.2, 4.4))
+
+
+def curve(rows: Sequence[MetricRow], method: str, motion: str) -> list[Point]:
+    """(step, face_sim, motion) of a method by rising step; step 0 is the base model, where its rows are there."""
+    own = [row for row in rows if row.method == method]
+    groups = results.grouped(own, ["step"])
+    base = [row for row in rows if row.method == "base"]
+    if base:
+        groups[(0,)] = base
+    points = []
+    for (step,), members in sorted(groups.items()):
+        x, y = results.estimate(members, "face_sim"), results.estimate(members, motion)
+        if x and y:
+            points.append((step, x, y))
+    return points
+
+
+def face_sim_by_frames(rows: Sequence[MetricRow]) -> Pictures:
+    """face_sim of each method against the length of its clips."""
+    last = {key: max(row.step for row in own) for key, own in results.grouped(rows, ["method", "frames"]).items()}
+    kept = [row for row in rows if row.step == last[row.method, row.frames]]
+    return _pictures(lambda figure: _lines(figure.subplots(), kept, "frames", "face_sim", "frames"), (5.0, 3.4))
+
+
+def motion_by_step(rows: Sequence[MetricRow]) -> Pictures:
+    """Both measures of motion of each method against training steps."""
+
+    def draw(figure: Any) -> None:
+        for axes, motion in zip(figure.subplots(1, len(MOTIONS), squeeze=False)[0], MOTIONS):
+            _lines(axes, rows, "step", motion, "training steps")
+            axes.set_ylim(bottom=0)
+
+    return _pictures(draw, (9.0, 3.4))
+
+
+def by_setting(rows: Sequence[MetricRow], key: str) -> Pictures:
+    """Held-out measures of the last step against one setting, on a logarithmic axis."""
+    last = results.last_steps(rows)
+    values = {row.setting: setting_value(row.setting, key) for row in last}
+    own = [row for row in last if values[row.setting] is not None]
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, len(SETTING_MEASURES))
+        for axes, measure in zip(panels, SETTING_MEASURES):
+            for method, colour in _methods(own):
+                members = [row for row in own if row.method == method]
+                points = []
+                for value in sorted({v for v in values.values() if v is not None}):
+                    interval = results.estimate([r for r in members if values[r.setting] == value], measure)
+                    if interval:
+                        points.append((value, interval))
+                _bars(axes, points, method_name(method), colour)
+            axes.set_xscale("log")
+            axes.set_xlabel(key.replace("_", " "))
+            axes.set_ylabel(MEASURES[measure])
+        panels[0].legend(loc="best")
+
+    return _pictures(draw, (12.0, 3.2))
+
+
+def setting_value(setting: str, key: str) -> float | None:
+    """The number that a setting `key=value, ...` gives a key, with or without its section; None where it does not."""
+    for part in setting.split(","):
+        name, equals, text = part.strip().partition("=")
+        if equals and name.split(".")[-1] == key:
+            try:
+                return float(text)
+            except ValueError:
+                return None
+    return None
+
+
+def _lines(axes: Any, rows: Sequence[MetricRow], field: str, measure: str, label: str) -> None:
+    base = [row for row in rows if row.method == "base"]
+    for method, colour in _methods(rows):
+        own = [row for row in rows if row.method == method]
+        if field == "step" and method != "base":
+            own = [*base, *own]
+        groups = sorted(results.grouped(own, [field]).items())
+        points = [(key[0], found) for key, members in groups if (found := results.estimate(members, measure))]
+        if field == "step" and method == "base":
+            continue
+        _bars(axes, points, method_name(method), colour)
+    axes.set_xlabel(label)
+    axes.set_ylabel(MEASURES[measure])
+    axes.legend(loc="best")
+
+
+def _bars(axes: Any, points: Sequence[tuple[float, Interval]], name: str, colour: str) -> None:
+    if not points:
+        return
+    x, y = [value for value, _ in points], [interval.mean for _, interval in points]
+    axes.errorbar(
+        x, y, yerr=_reach([interval for _, interval in points]), label=name, color=colour, marker="o", markersize=3.5,
+        linewidth=1.4, elinewidth=0.9, capsize=2,
+    )  # fmt: skip
+
+
+def _curve(axes: Any, points: Sequence[Point], name: str, colour: str, *, crosses: bool) -> None:
+    if not points:
+        return
+    x, y = [p[1] for p in points], [p[2] for p in points]
+    axes.errorbar(
+        [i.mean for i in x], [i.mean for i in y], xerr=_reach(x), yerr=_reach(y), label=name, color=colour,
+        marker="s" if crosses else "o", markersize=3.5, linewidth=1.4, elinewidth=0.8, capsize=1.5,
+    )  # fmt: skip
+    if not crosses:
+        axes.annotate(
+            f"{points[-1][0]}", (x[-1].mean, y[-1].mean), textcoords="offset points", xytext=(4, 4), fontsize=7
+        )
+
+
+def _reach(intervals: Sequence[Interval]) -> list[list[float]]:
+    """Lengths of the bars below and above the means; 0 where there is no interval."""
+    low = [max(0.0, i.mean - i.low) if i.low is not None else 0.0 for i in intervals]
+    high = [max(0.0, i.high - i.mean) if i.high is not None else 0.0 for i in intervals]
+    return [low, high]
+
+
+def _methods(rows: Sequence[MetricRow]) -> list[tuple[str, str]]:
+    """(method, colour) in the order of the tables; a method has the same colour in every figure of the same rows."""
+    found = sorted({row.method for row in rows}, key=lambda method: (order(method), method))
+    return [(method, _COLOURS[number % len(_COLOURS)]) for number, method in enumerate(found)]
+
+
+def _several(rows: Sequence[MetricRow], field: str) -> bool:
+    """Whether one method has rows of more than one value."""
+    values: dict[str, set[Any]] = {}
+    for row in rows:
+        values.setdefault(row.method, set()).add(getattr(row, field))
+    return any(len(found) > 1 for found in values.values())
+
+
+def _pictures(draw: Callable[[Any], None], size: tuple[float, float]) -> Pictures:
+    """The figure as SVG and PNG; equal rows give equal bytes. Nothing is shown, and no state of matplotlib is kept."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=size)
+        FigureCanvasAgg(figure)
+        draw(figure)
+        pictures = {}
+        for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+            data = io.BytesIO()
+            figure.savefig(data, format=kind, dpi=150, metadata=metadata)
+            pictures[kind] = data.getvalue()
+    return pictures

@@ -1,0 +1,42 @@
+"""What methods and measures are called in tables and figures, and in which order methods come."""
+
+from __future__ import annotations
+
+METHODS = {
+    "base": "base model",
+    "dreambooth": "DreamBooth-LoRA, single frames",
+    "magicme": "MagicMe",
+    "sft": "SFT only",
+    "p_id": "SFT + P_id",
+    "p_dy": "SFT + P_dy",
+    "rewards_id": "rewards: id",
+    "rewards_id_dy": "rewards: id + dy",
+    "hpo": "HPO",
+}
+MEASURES = {
+    "face_sim": "face_sim",
+    "face_sim_missing0": "face_sim, no face counts 0",
+    "face_detect_rate": "faces found",
+    "dynamic_degree": "dynamic degree",
+    "dynamic_magnitude": "dynamic_magnitude (px at 256)",
+    "head_motion": "head motion (half heads / s)",
+    "temporal_flickering": "temporal flickering",
+    "warp_error": "warp error (grey levels)",
+    "temporal_consistency": "temporal consistency",
+    "clip_t": "CLIP-T",
+    "clip_i": "CLIP-I",
+    "action": "action recognised",
+    "place": "place recognised",
+    "prompt_score": "prompt score",
+}
+
+
+def method_name(method: str) -> str:
+    """A method's name for people; one from elsewhere keeps its own."""
+    return METHODS.get(method, method)
+
+
+def order(method: str) -> int:
+    """The place of a method in tables; others come last."""
+    names = list(METHODS)
+    return names.index(method) if method in names else len(names)

@@ -1,0 +1,99 @@
+"""Tables and figures from rows: values, order, conditions; figures of whole curves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from magicid.evaluation import document, figures, paper, results
+from magicid.schema import MetricRow
+from tests.evaluation.test_results import row
+
+STEPS = (0, 100, 200)
+
+
+def curve_rows() -> list[MetricRow]:
+    """Self-reconstruction trades motion for identity, HPO does not."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for method, motion in (("base", (10,)), ("sft", (8, 4)), ("hpo", (9, 9))):
+        for step, moves in zip(STEPS if method == "base" else STEPS[1:], motion):
+            for person in ("ann", "bob", "cem"):
+                for clip in range(4):
+                    face = 0.1 + 0.002 * step + rng.normal(0, 0.02)
+                    rows.append(
+                        row(
+                            f"{clip}", person, method, face, dynamic_magnitude=moves + rng.normal(0, 0.3), step=step,
+                            head_motion=moves / 5, video_features=[face, moves], train_seed=0,
+                        )
+                    )  # fmt: skip
+    return [dataclasses.replace(r, clip_id=f"{r.clip_id}-{r.step}") for r in rows]
+
+
+def test_curves_begin_at_the_base_and_hold_the_means_of_their_steps() -> None:
+    rows = curve_rows()
+    points = figures.curve(rows, "sft", "dynamic_magnitude")
+    assert [step for step, _, _ in points] == [0, 100, 200]
+    assert [x.mean for _, x, _ in points] == pytest.approx([0.1, 0.3, 0.5], abs=0.03)
+    assert [y.mean for _, _, y in points] == pytest.approx([10, 8, 4], abs=0.4)
+    assert all(y.low < y.mean < y.high for _, _, y in points)
+
+
+def test_figures_are_drawn_from_what_is_there() -> None:
+    drawn = figures.draw_all(curve_rows())
+    assert set(drawn) == {
+        "identity_against_motion_dynamic_magnitude", "identity_against_motion_head_motion", "motion_by_step",
+    }  # fmt: skip
+    picture = drawn["identity_against_motion_head_motion"]
+    assert ElementTree.fromstring(picture["svg"]).tag.endswith("svg")
+    assert picture["png"].startswith(b"\x89PNG")
+    assert figures.draw_all(curve_rows()) == drawn  # the same bytes again
+    assert figures.draw_all([r for r in curve_rows() if r.step == 0]) == {}
+
+
+def test_length_and_settings_have_figures_of_their_own() -> None:
+    rows = [row(str(c), p, "hpo", 0.5, frames=f, step=10) for c in (1, 2) for p in "ab" for f in (9, 13)]
+    rows = [dataclasses.replace(r, clip_id=f"{r.clip_id}-{r.frames}") for r in rows]
+    assert set(figures.draw_all(rows)) == {"face_sim_by_frames"}
+    tuned = [
+        dataclasses.replace(r, setting=f"hpo.beta={b}", head_motion=1.0, action=1.0) for r in rows for b in (50, 500)
+    ]
+    assert set(figures.draw_all(tuned)) == {"settings_beta"}
+    assert figures.setting_value("hpo.beta=50, sft.steps=3", "beta") == 50
+    assert figures.setting_value("rewards=id", "beta") is None
+    assert figures.setting_value("beta=all", "beta") is None
+
+
+def test_the_table_holds_the_last_step_of_each_method(tmp_path) -> None:
+    rows = curve_rows()
+    files = document.write(rows, str(tmp_path), [r for r in rows if r.method == "base"])
+    assert {"results.md", "results.json", "motion_by_step.svg", "motion_by_step.png"} <= set(files)
+    text = (tmp_path / "results.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in lines[:5]] == ["method", "---", "base model", "SFT only", "HPO"]
+    cells = [cell.strip() for cell in lines[3].split("|")]
+    assert cells[2:4] == ["200", "12"]
+    head = [cell.strip() for cell in lines[0].split("|")]
+    shown = cells[head.index("dynamic_magnitude")]
+    assert re.fullmatch(r"[34]\.\d\d \[\d\.\d\d, \d\.\d\d\]", shown)
+    assert "clip_t" not in head  # nothing was measured
+    assert float(lines[2].split("|")[-2]) == pytest.approx(0)  # the base to itself
+    assert "3 people, 4 prompts, 1 training seeds; 13 frames of 48x48 at 8 fps; 0 clips" in text
+    assert "![Motion against training steps](motion_by_step.svg)" in text
+    assert "| MagicID | 0.6 | 14.42 | 0.9933 | 26.28 | 78.83 | 1228.33 |" in text
+    found = json.loads((tmp_path / "results.json").read_text())
+    by_key = {(m["method"], m["step"]): m for m in found["methods"]}
+    expected = results.estimate([r for r in rows if (r.method, r.step) == ("hpo", 100)], "face_sim")
+    assert by_key["hpo", 100]["measures"]["face_sim"]["mean"] == expected.mean
+    assert by_key["hpo", 100]["measures"]["clip_t"] is None
+
+
+def test_the_papers_tables_are_whole() -> None:
+    for table in paper.TABLES:
+        assert all(len(values) == len(table.columns) for _, values in table.rows)
+    assert paper.markdown(paper.PAIRS).splitlines()[2] == "| none | 0.276 | 5.69 | 25.83 |"
