@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import traceback
 from http import HTTPStatus
 from typing import Any
 
@@ -18,9 +17,10 @@ from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from magicid.errors import MagicIDError, StorageError
+from magicid.errors import StorageError
 from serve.catalog import UnknownModel
 from serve.jobs import NotFound, QueueFull, QuotaExceeded
+from serve.logs import describe
 
 _log = logging.getLogger("magicid.serve")
 
@@ -109,10 +109,9 @@ def from_exception(error: BaseException) -> ApiError:
 
 def report(error: BaseException, request_id: str) -> None:
     """Log an unforeseen error by its type and place only: its message may quote a prompt or a secret."""
-    place = "".join(traceback.format_tb(error.__traceback__))
-    kind = type(error).__name__
-    reason = error.problem if isinstance(error, MagicIDError) else ""
-    _log.error("%s failed: %s %s\n%s", request_id, kind, reason, place)
+    told = describe(error)
+    text = "%s failed: %s %s\n%s"
+    _log.error(text, request_id, *told.values(), extra={"request_id": request_id, "error": told})
 
 
 def install(app: FastAPI) -> None:

@@ -65,8 +65,9 @@ class Guard:
         finally:
             route = getattr(scope.get("route"), "path", "-")  # the template: a path may hold anything
             took_ms = 1000 * (time.monotonic() - started)
-            tenant = state.get("tenant", "-")
-            _log.info("%s %s %d %.0f ms tenant=%s %s", scope["method"], route, status, took_ms, tenant, request_id)
+            told = {"method": scope["method"], "route": route, "status": status, "ms": round(took_ms, 1)}
+            told |= {"tenant": state.get("tenant", "-"), "request_id": request_id}
+            _log.info("%s %s %d %.0f ms tenant=%s %s", *told.values(), extra=told)
 
 
 def _check_headers(scope: Scope) -> None:

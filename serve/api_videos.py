@@ -189,7 +189,8 @@ def _note_created(call: Call, job: Job) -> None:
     target = job.target
     call.note("video.create", job.id, model=target.model, owner=target.owner, consent=target.consent)
     if call.context.settings.log_prompts:
-        _log.info("%s %s prompt: %r", call.request_id, job.id, job.request.prompt)
+        told = {"request_id": call.request_id, "job": job.id, "prompt": job.request.prompt}
+        _log.info("%s %s prompt: %r", *told.values(), extra=told)
 
 
 def _answer(call: Call, job: Job, response: Response) -> Video:

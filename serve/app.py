@@ -14,6 +14,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from serve import logs
 from serve.replica import EngineReplica
 from serve.settings import ServeSettings, load
 
@@ -29,6 +30,7 @@ class Api:
         from serve.api import create_api
         from serve.parts import open_parts
 
+        logs.set_up(self.settings.log_level)
         return create_api(self.settings, open_parts(self.settings))
 
 
@@ -37,14 +39,18 @@ class DispatcherReplica:
 
     def __init__(self, settings: dict[str, Any], engine: DeploymentHandle) -> None:
         from serve.dispatcher import Dispatcher
+        from serve.metrics import TenantMetrics
         from serve.parts import open_jobs, open_outbox
 
         self.settings = ServeSettings.model_validate(settings)
+        logs.set_up(self.settings.log_level)
 
         async def work() -> dict[str, Any]:
             return await engine.work.remote()
 
-        self.dispatcher = Dispatcher(self.settings, open_jobs(self.settings), work, open_outbox(self.settings))
+        self.dispatcher = Dispatcher(
+            self.settings, open_jobs(self.settings), work, open_outbox(self.settings), TenantMetrics().queues
+        )
         self.task = asyncio.get_running_loop().create_task(self.dispatcher.run())
 
     def check_health(self) -> None:

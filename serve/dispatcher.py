@@ -12,12 +12,12 @@ import asyncio
 import functools
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from magicid import storage
 from magicid.errors import StorageError
-from serve.jobs import JobStore
+from serve.jobs import JobStore, TenantQueue
 from serve.settings import ServeSettings
 
 _log = logging.getLogger("magicid.serve")
@@ -47,6 +47,7 @@ class Dispatcher:
     Args:
         work: makes one `work()` call; its answer has `outcome` and `seconds`.
         deliver: sends the webhooks that are due.
+        measure: tells the queues of the tenants.
     """
 
     def __init__(
@@ -55,9 +56,11 @@ class Dispatcher:
         jobs: JobStore,
         work: Callable[[], Awaitable[dict[str, Any]]],
         deliver: Callable[[], object],
+        measure: Callable[[Sequence[TenantQueue]], object] = lambda _: None,
     ) -> None:
         self.settings, self.jobs, self.work = settings, jobs, work
-        self.chores = [functools.partial(asyncio.to_thread, chore) for chore in (self.reclaim, self.expire, deliver)]
+        chores = (self.reclaim, self.expire, deliver, lambda: measure(jobs.waiting_by_tenant()))
+        self.chores = [functools.partial(asyncio.to_thread, chore) for chore in chores]
         self.in_flight: set[asyncio.Task[dict[str, Any]]] = set()
         self.job_s = 0.0
 
@@ -86,7 +89,12 @@ class Dispatcher:
     def reclaim(self) -> None:
         """Jobs of lost workers go back to the queue."""
         for job in self.jobs.reclaim():
-            _log.warning("job %s lost its worker: now %s, attempt %d", job.id, job.status, job.attempt)
+            told = {"job": job.id, "status": job.status, "attempt": job.attempt}
+            _log.warning(
+                "job %s lost its worker: now %s, attempt %d",
+                *told.values(),
+                extra=told | {"request_id": job.request_id},
+            )
 
     def expire(self) -> None:
         """Videos past their time are removed: first the file, so that none is left that no record names."""

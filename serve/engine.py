@@ -58,11 +58,15 @@ class Engine:
 
     Args:
         backbone: with all its parts loaded. It must not be used otherwise, and carries no adapter of its own.
+        compiler: backend of torch.compile for the transformer; empty: not compiled. Another identity compiles nothing
+            anew; another number of rows, another shape or a higher rank than any before does, once.
     """
 
-    def __init__(self, backbone: PipelineBackbone, *, max_batch: int) -> None:
+    def __init__(self, backbone: PipelineBackbone, *, max_batch: int, compiler: str = "") -> None:
         self._backbone, self._max_batch = backbone, max_batch
-        self._lora = MixedLora(backbone.transformer, backbone.lora_target_modules())
+        self._lora = MixedLora(backbone.transformer, backbone.lora_target_modules(), keep_ranks=bool(compiler))
+        if compiler:
+            backbone.transformer.compile(backend=compiler)
         self._rows: dict[str, _Row] = {}
         self._admitting = threading.Lock()  # tokenizers are not safe for several threads
 

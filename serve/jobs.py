@@ -12,7 +12,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -26,7 +26,7 @@ from serve.schema import CANCELLED, COMPLETED, FAILED, IN_PROGRESS, OPEN, QUEUED
 
 EXHAUSTED = "attempts_exhausted"  # the error code of a job whose workers were lost again and again
 _ID = re.compile(r"video_[0-9a-f]{32}")
-__all__ = ["EXHAUSTED", "JobStore", "NotFound", "OpenWork", "QueueFull", "QuotaExceeded"]
+__all__ = ["EXHAUSTED", "JobStore", "NotFound", "OpenWork", "QueueFull", "QuotaExceeded", "TenantQueue"]
 
 Jobs = list[Job]  # a name of its own: inside JobStore, `list` is its method
 
@@ -42,6 +42,15 @@ class OpenWork:
     queued: int
     in_progress: int
     queued_steps: int
+    oldest_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TenantQueue:
+    """What waits for one tenant: jobs, and the age of the oldest in seconds."""
+
+    tenant: str
+    waiting: int
     oldest_s: float
 
 
@@ -236,12 +245,16 @@ class JobStore:
                 self._end(connection, row, FAILED, error_code=code, error_message=message)
             return True
 
-    def release(self, job_id: str, fence: int) -> bool:
-        """Give a job back unfinished; it starts again from nothing. False: the claim is old."""
+    def release(self, job_id: str, fence: int, *, broken: bool = False) -> bool:
+        """Give a job back unfinished; it starts again from nothing. False: the claim is old.
+
+        Args:
+            broken: the worker broke, perhaps over this job: as after a lapsed lease, it fails when that was too often.
+        """
         with self._database.session() as connection:
             row = held(connection, job_id, fence)
             if row is not None:
-                self._give_back(connection, row)
+                (self._take_back if broken else self._give_back)(connection, row)
             return row is not None
 
     def reclaim(self) -> Jobs:
@@ -295,6 +308,15 @@ class JobStore:
             queued, in_progress, steps, oldest = connection.execute(query).one()
         age = 0.0 if oldest is None else max(0.0, self._clock() - oldest)
         return OpenWork(queued, in_progress, int(steps), age)
+
+    def waiting_by_tenant(self) -> Sequence[TenantQueue]:
+        """The queues of all tenants that have one, the longest first."""
+        waiting = sa.func.count().label("waiting")
+        query = sa.select(jobs.c.tenant, waiting, sa.func.min(jobs.c.created_at)).where(jobs.c.status == QUEUED)
+        query = query.group_by(jobs.c.tenant).order_by(waiting.desc(), jobs.c.tenant)
+        with self._database.reading() as connection:
+            found = connection.execute(query).all()
+        return [TenantQueue(tenant, count, max(0.0, self._clock() - oldest)) for tenant, count, oldest in found]
 
     def of_identity(self, identity_id: str, owner: str) -> Jobs:
         """All records of one owner's identity, whoever asked for them, oldest first."""

@@ -1,17 +1,21 @@
 """Figures for Prometheus: the engine's through Ray's own exporter, the queue's from the records at /metrics.
 
-No prompt, key or name of a person is a label.
+No prompt, key or name of a person is a label. /metrics is for anybody who reaches the endpoint, so tenants are named in
+Ray's export only.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from ray.serve import metrics as serve_metrics
 
 from serve.adapter_cache import AdapterCache
-from serve.jobs import JobStore
+from serve.jobs import JobStore, TenantQueue
 
 _SECONDS: list[float] = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
+MAX_TENANTS, OTHER = 50, "other"
 _COUNTS: list[float] = [1, 2, 3, 4, 6, 8, 12, 16, 32]
 
 
@@ -61,6 +65,37 @@ class EngineMetrics:
         self.cache_bytes.set(stats.bytes)
         for name, gauge in self.cache_events.items():
             gauge.set(getattr(stats, name))
+
+
+class TenantMetrics:
+    """The queues of single tenants, as Ray metrics of the dispatcher. Those beyond the first 50 count as one, `other`.
+
+    A label once given stays given until the process ends; so their number is bounded, however tenants come and go.
+    """
+
+    def __init__(self) -> None:
+        self.waiting = serve_metrics.Gauge(
+            "magicid_tenant_waiting_jobs", description="Videos of a tenant that wait.", tag_keys=("tenant",)
+        )
+        self.oldest_s = serve_metrics.Gauge(
+            "magicid_tenant_oldest_seconds",
+            description="Age of a tenant's longest-waiting video.",
+            tag_keys=("tenant",),
+        )
+        self.named: set[str] = set()
+
+    def queues(self, found: Sequence[TenantQueue]) -> None:
+        """What waits now; a tenant that is not among them has nothing waiting."""
+        values = dict.fromkeys([*self.named, OTHER], (0, 0.0))
+        for queue in found:
+            if len(self.named) < MAX_TENANTS:
+                self.named.add(queue.tenant)
+            label = queue.tenant if queue.tenant in self.named else OTHER
+            waiting, oldest_s = values.get(label, (0, 0.0))
+            values[label] = (waiting + queue.waiting, max(oldest_s, queue.oldest_s))
+        for label, (waiting, oldest_s) in values.items():
+            self.waiting.set(waiting, tags={"tenant": label})
+            self.oldest_s.set(oldest_s, tags={"tenant": label})
 
 
 def queue_metrics(jobs: JobStore) -> bytes:

@@ -9,6 +9,7 @@ import socket
 import uuid
 from typing import Any
 
+from serve import logs
 from serve.settings import ServeSettings
 
 
@@ -32,12 +33,13 @@ class EngineReplica:
         from serve.worker import Worker
 
         self.settings = ServeSettings.model_validate(settings)
+        logs.set_up(self.settings.log_level)
         if self.settings.threads:
             torch.set_num_threads(self.settings.threads)
         loaded = recipe.load(self.settings.recipe)
         device = "cuda" if torch.cuda.is_available() and self.settings.replica_gpus else "cpu"
         backbone = load_backbone(loaded, parts=("transformer", "vae", "text"), device=device)
-        engine = Engine(backbone, max_batch=self.settings.max_batch)
+        engine = Engine(backbone, max_batch=self.settings.max_batch, compiler=self.settings.compiler)
         load = functools.partial(load_adapter, base_sha256=backbone.base_sha256, transformer=backbone.transformer)
         self.worker = Worker(
             f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}",

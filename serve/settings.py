@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,6 +29,9 @@ class ServeSettings(BaseModel):
     max_replicas: int = Field(1, ge=1)
     replica_cpus: float = Field(0.5, ge=0)
     replica_gpus: float = Field(0, ge=0)
+    compiler: str = Field(
+        "", description="backend of torch.compile for the denoiser, such as inductor; empty: not compiled"
+    )
     threads: int = Field(1, ge=0, description="torch threads of a replica; 0: torch's default")
     idle_s: float = Field(300, ge=0, description="a replica without work is stopped after this")
     drain_s: float = Field(60, gt=0, description="replicas are added until the queue would be done in this time")
@@ -47,6 +50,7 @@ class ServeSettings(BaseModel):
         "", description="PEM file with the chain that signs provenance; empty: self-made in `data`"
     )
     private_key: str = Field("", description="PEM file of its key")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_prompts: bool = Field(False, description="write prompts to the logs")
 
     @property

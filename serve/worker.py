@@ -15,15 +15,17 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor
 
 from magicid import adapters
 from magicid.backbones.mixed_lora import LoraWeights
-from magicid.errors import AdapterError, MagicIDError
+from magicid.errors import AdapterError, MagicIDError, StorageError
 from magicid.storage import exists, join
 from serve.adapter_cache import AdapterCache, CacheFull
 from serve.engine import Engine, Sample
 from serve.jobs import JobStore
+from serve.logs import describe
 from serve.schema import CANCELLED, Job
 
 _log = logging.getLogger("magicid.serve")
@@ -53,13 +55,20 @@ class ClipStore(Protocol):
         """Remove a clip that nobody wants any more."""
 
 
+def _running() -> Future[str]:
+    """A future that a caller who leaves cannot cancel."""
+    future: Future[str] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
 @dataclass
 class _Claim:
     """A job this worker holds, until its future says how it ended."""
 
     job: Job
     lora: LoraWeights | None = None
-    done: Future[str] = field(default_factory=Future)
+    done: Future[str] = field(default_factory=_running)
     began: float = field(default_factory=time.monotonic)
     percent: int = 0
 
@@ -114,6 +123,8 @@ class Worker:
 
         The future ends with `completed`, an error code, or `lost` when the record went to somebody else.
         """
+        if self._stopping.is_set():
+            return None
         claimed = self.jobs.claim(self.name, resident=self.cache.resident())
         if not claimed:
             return None
@@ -122,10 +133,14 @@ class Worker:
             self._claims[claim.job.id] = claim
         try:
             claim.lora = self._adapter(claim)
+        except StorageError as error:
+            self._leave(claim, error)
         except MagicIDError as error:
             self._fail(claim, "adapter_unusable", error)
         else:
             self._arrived.put(claim)
+            if self._stopping.is_set():  # by now nobody takes it in
+                self._release_all(broken=self.failure is not None)
         return claim.done
 
     def _adapter(self, claim: _Claim) -> LoraWeights | None:
@@ -160,12 +175,12 @@ class Worker:
                 samples = self.engine.step()
                 self.metrics.step(time.perf_counter() - began, rows, identities)
                 self._sampled(samples)
-                self._beat()
+                self._try_beat()
         except Exception as error:  # out of memory, a broken device: this process is of no more use
             _log.exception("the engine failed; its jobs go back to the queue")
             self.failure = error
             self._stopping.set()
-            self._release_all()
+            self._release_all(broken=True)
 
     def _admit_arrived(self) -> None:
         """Take in what has arrived; with an empty batch, wait for it."""
@@ -220,18 +235,23 @@ class Worker:
                 if not kept:  # deleted or cancelled meanwhile, or another worker's by now
                     self.clips.remove(uri)
                 self._end(claim, "completed" if kept else "lost")
+            except (StorageError, SQLAlchemyError) as error:
+                self._leave(claim, error)
             except Exception as error:
-                self._fail(claim, "storage_failed", error)
+                self._fail(claim, "generation_failed", error)
 
     # ---- leases --------------------------------------------------------------------------------------------------
 
     def _renew(self) -> None:
         """Renew leases also while the loop is busy with a long step or a decode."""
         while not self._stopping.wait(self.lease_s / 4):
-            try:
-                self._beat()
-            except Exception as error:  # the database may come back before the leases lapse
-                _log.warning("leases could not be renewed: %s", type(error).__name__)
+            self._try_beat()
+
+    def _try_beat(self) -> None:
+        try:
+            self._beat()
+        except (StorageError, SQLAlchemyError) as error:  # the database may come back before the leases lapse
+            _log.warning("leases could not be renewed: %s", type(error).__name__, extra={"error": describe(error)})
 
     def _beat(self) -> None:
         """Tell progress, renew leases, and drop what was cancelled or went to another worker."""
@@ -252,11 +272,17 @@ class Worker:
     # ---- ends ----------------------------------------------------------------------------------------------------
 
     def _fail(self, claim: _Claim, code: str, error: Exception) -> None:
-        _log.warning("job %s failed: %s: %s", claim.job.id, code, error)
+        _log.warning("job %s failed: %s", claim.job.id, code, extra=_told(claim, error) | {"code": code})
         try:  # the client is told the code's meaning: what went wrong names folders
             self.jobs.fail(claim.job.id, claim.job.fence, code, "")
-        finally:  # where the records cannot be reached, the lease lapses and the job is tried again
-            self._end(claim, code)
+        except (StorageError, SQLAlchemyError) as away:  # the lease lapses, and the job is tried again
+            _log.warning("that could not be recorded", extra=_told(claim, away))
+        self._end(claim, code)
+
+    def _leave(self, claim: _Claim, error: Exception) -> None:
+        """Storage or database are away: the lease lapses, and the job is tried again, so often as attempts allow."""
+        _log.warning("job %s is left until storage is back", claim.job.id, extra=_told(claim, error))
+        self._end(claim, "storage_failed")
 
     def _end(self, claim: _Claim, outcome: str) -> None:
         with self._lock:
@@ -269,9 +295,17 @@ class Worker:
         self.metrics.ended(outcome, waited, time.monotonic() - claim.began)
         claim.done.set_result(outcome)
 
-    def _release_all(self) -> None:
+    def _release_all(self, *, broken: bool = False) -> None:
         with self._lock:
             held = list(self._claims.values())
         for claim in held:
-            self.jobs.release(claim.job.id, claim.job.fence)
+            try:
+                self.jobs.release(claim.job.id, claim.job.fence, broken=broken)
+            except (StorageError, SQLAlchemyError) as away:  # its lease lapses
+                _log.warning("job %s could not be given back", claim.job.id, extra=_told(claim, away))
             self._end(claim, "lost")
+
+
+def _told(claim: _Claim, error: Exception) -> dict[str, object]:
+    """What a log line about a claim carries."""
+    return {"job": claim.job.id, "request_id": claim.job.request_id, "error": describe(error)}

@@ -86,15 +86,18 @@ class MixedLora:
 
     Args:
         target_modules: regular expression over whole module names: the linear layers that may be adapted.
+        keep_ranks: compute with the highest rank that came so far, also for lower ones: shapes that compiled code sees
+            do not change with the identity.
 
     Raises:
         AdapterError: it matches no linear layer.
     """
 
-    def __init__(self, transformer: nn.Module, target_modules: str) -> None:
+    def __init__(self, transformer: nn.Module, target_modules: str, *, keep_ranks: bool = False) -> None:
         self._sites: dict[str, _Site] = {}
         self._rows = 0  # of the forward to come
         self._shared = False
+        self._keep_ranks = keep_ranks
         pattern = re.compile(target_modules)
         for name, module in transformer.named_modules():
             if pattern.fullmatch(name) and isinstance(module, nn.Linear):
@@ -126,7 +129,8 @@ class MixedLora:
         self._rows = len(rows)
         needed = rows[:1] if self._shared else rows
         for name, site in self._sites.items():
-            site.rank = max((len(lora.tensors[name][0]) for lora in needed if lora and name in lora.tensors), default=0)
+            ranks = [len(lora.tensors[name][0]) for lora in needed if lora and name in lora.tensors]
+            site.rank = max([*ranks, site.a.shape[1] if self._keep_ranks else 0])
             if site.rank:
                 _fill(site, name, needed)
 

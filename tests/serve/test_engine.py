@@ -128,6 +128,25 @@ def test_a_mixed_batch_equals_separate_runs_and_the_plain_pipeline(model: Model)
         torch.testing.assert_close(latents, plain, atol=1e-5, rtol=0)
 
 
+def test_another_identity_compiles_nothing_anew(hunyuan: Model) -> None:
+    """Backend `eager`: what is traced and guarded is that of every backend, without waiting for a code generator."""
+    torch._dynamo.reset()
+    engine = hunyuan.engine()
+    compiled = Engine(load_backbone(hunyuan.recipe), max_batch=8, compiler="eager")
+    traced = []
+    for key, lora in (("rank 8", hunyuan.loras[2]), ("rank 4", hunyuan.loras[1]), ("rank 2", hunyuan.loras[0])):
+        for each in (engine, compiled):
+            each.admit(key, REQUEST, lora)
+        torch.testing.assert_close(finish(compiled)[key], finish(engine)[key], atol=1e-5, rtol=0)
+        traced.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert traced[0] > 0
+    assert traced == [traced[0]] * 3
+    for each in (engine, compiled):
+        each.admit("base", REQUEST, None)
+    torch.testing.assert_close(finish(compiled)["base"], finish(engine)["base"], atol=1e-5, rtol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == traced[0]
+
+
 def test_a_finished_video_is_decoded_as_the_backbone_does(hunyuan: Model) -> None:
     engine = hunyuan.engine()
     engine.admit("a", LARGE, hunyuan.loras[0])
