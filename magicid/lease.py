@@ -39,10 +39,13 @@ class Lease:
         self._thread.start()
 
     @classmethod
-    def take(cls, run: Run, lease_s: float, waiting: Callable[[str], None] = lambda text: None) -> Lease:
+    def take(
+        cls, run: Run, lease_s: float, waiting: Callable[[str], None] = lambda text: None, submission: str = ""
+    ) -> Lease:
         """Become the driver of a run.
 
         Args:
+            submission: name of the job that this driver is, where it has one.
             waiting: told, once, when another driver's heartbeat has to be watched.
 
         Raises:
@@ -55,7 +58,7 @@ class Lease:
         fence = (before["fence"] if before else 0) + 1
         content = {
             "fence": fence, "holder": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(),
-            "began": time.time(), "submission": os.environ.get("RAY_JOB_SUBMISSION_ID", ""),
+            "began": time.time(), "submission": submission,
         }  # fmt: skip
         if not storage.create_bytes(_path(run, "lease", fence), json.dumps(content).encode()):
             raise LeaseError(

@@ -195,6 +195,15 @@ class Trainer(Section):
     shift: float = Field(7.0, gt=0, description="shift of the training timesteps")
 
 
+class Training(Section):
+    """Curves of SFT and HPO for other tools. Changes no result."""
+
+    loggers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
+        [], description="off by default; no account needed"
+    )
+    folder: str = Field("", description="where their files go; empty: training/<id>/<stage>/logs of the run")
+
+
 class Pool(Section):
     """One Ray Data actor pool."""
 
@@ -279,6 +288,7 @@ class Recipe(Section):
     sft: Sft = Sft()
     hpo: Hpo = Hpo()
     trainer: Trainer = Trainer()
+    training: Training = Training()
     resources: Resources = Resources()
     fleet: Fleet = Fleet()
     evaluation: Evaluation = Evaluation()
@@ -290,8 +300,8 @@ class Recipe(Section):
 
     @property
     def content_sha256(self) -> str:
-        """Hash of all settings but `resources` and `fleet`: what a run makes, wherever it is made."""
-        return sha256_json(self.model_dump(mode="json", exclude={"resources", "fleet"}))
+        """Hash of all settings but `resources`, `fleet` and `training`: what a run makes, wherever it is made."""
+        return sha256_json(self.model_dump(mode="json", exclude={"resources", "fleet", "training"}))
 
     @pydantic.model_validator(mode="after")
     def _frames_to_show(self) -> Recipe:

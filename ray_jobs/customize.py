@@ -44,10 +44,11 @@ from magicid.schema import (
     to_rows,
 )
 from magicid.selection import select_pairs, with_identity_reward
+from magicid.training import loggers
 from magicid.weights import model_folders, resolve
 from ray_jobs import pools
 from ray_jobs.fleet import Fleet
-from ray_jobs.job import cause, connect, run_location
+from ray_jobs.job import cause, connect, run_location, submission
 from ray_jobs.progress import Display
 from ray_jobs.publishing import publish_one, published, summarise, write_report
 
@@ -166,6 +167,7 @@ def training(fleet: Fleet) -> list[Prompt]:
 def customize(settings: Recipe, identities_location: str, out: str, console: Console | None = None) -> int:
     """Run the whole job on the Ray cluster that is connected. Returns the number of adapters published."""
     run = Run(run_location(out))
+    loggers.check(settings.training.loggers)
     for location in model_folders(settings):
         resolve(location)  # what is missing is said now, not after hours
     run.open(settings, base_sha256(settings))
@@ -177,7 +179,7 @@ def customize(settings: Recipe, identities_location: str, out: str, console: Con
             display.say(
                 f"the pools want {wanted:g} of {there:g} CPUs: nothing starts unless the cluster grows", "yellow"
             )
-        lease = Lease.take(run, settings.fleet.lease_s, display.say)
+        lease = Lease.take(run, settings.fleet.lease_s, display.say, submission())
         try:
             return asyncio.run(_drive(settings, run, identities_location, display, lease))
         finally:

@@ -28,10 +28,12 @@ from magicid.schema import Clip, Identity, MetricRow, Prompt, Rejected, ScoredCl
 from ray_jobs import pools, work
 from ray_jobs.intake import Intake
 from ray_jobs.job import cause
+from ray_jobs.metrics import ADMISSION, FleetMetrics
 from ray_jobs.pipeline import Pipeline
 from ray_jobs.progress import Display
 from ray_jobs.queue import Ended, FairQueue, Task, due_time
 from ray_jobs.slots import Slots
+from ray_jobs.tracing import Traces, provider
 from ray_jobs.work import CLIPS, TRAINING, View
 
 T = TypeVar("T")
@@ -75,7 +77,9 @@ class Fleet:
     def connect(self) -> None:
         """Start what the coroutines share; needs a Ray cluster and a running event loop."""
         name, self.work = work.start(self.recipe)
-        self.pipeline = Pipeline(self.recipe, self.run, self.name, (name, self.work))
+        self.metrics = FleetMetrics(self.recipe)
+        self.traces = Traces(self.run.location, provider())
+        self.pipeline = Pipeline(self.recipe, self.run, self.name, (name, self.work), self._spent)
         self.slots = Slots(self.recipe, self.run, (name, self.work))
         self.intake = Intake(self.recipe, self.run, self.name)
         self._together = pools.together(self.recipe, ray.cluster_resources())
@@ -103,6 +107,7 @@ class Fleet:
             for way in self._ways.values():
                 way.cancel()
             self.work.send_home.remote(TRAINING, True)
+            self.traces.close()
         await asyncio.to_thread(self.pipeline.stop)
         await asyncio.to_thread(self.slots.join)
 
@@ -188,6 +193,7 @@ class Fleet:
 
     async def _way(self, row: ManifestRow) -> None:
         """One identity, with whatever happens to it kept in the ledger."""
+        self.traces.begin(row.id, row.owner)
         try:
             version = await self._customize(self, row)
             if self.ledger.records[row.id].state != ledger.DONE:
@@ -201,6 +207,8 @@ class Fleet:
         finally:
             self._admission.finish(row.id)
             self._ways.pop(row.id, None)
+            if (record := self.ledger.records.get(row.id)) is not None:
+                self.traces.end(row.id, record.state, record.problem, record.adapter)
 
     def _failed(self, identity_id: str, error: MagicIDError) -> None:
         self._end(identity_id, state=ledger.FAILED, problem=error.problem, action=error.action)
@@ -238,7 +246,25 @@ class Fleet:
         if self.ledger.problem and self.ledger.problem is not self._told:
             self._told = self.ledger.problem
             self.display.say(f"the ledger could not be written and is tried again: {self._told}", "yellow")
+        self._report(view)
         self._show_all()
+
+    def _report(self, view: View) -> None:
+        """Figures for Prometheus."""
+        self.metrics.training(len(view.held[TRAINING]))
+        if self.metrics.due:
+            queues = {name: (view.waiting[name], len(view.held[name]), view.ages[name]) for name in (TRAINING, CLIPS)}
+            admission = (len(self._admission), len(self._admission.held()), self._admission.ages())
+            found = (self.ledger.records[name] for name in self._ways if name in self.ledger.records)
+            stages = Counter(record.stage for record in found)
+            self.metrics.report(self.ledger.states, stages, {**queues, ADMISSION: admission})
+
+    def _spent(self, clip: ScoredClip) -> None:
+        """Count what a clip that came out of the pools has cost."""
+        self.metrics.spent(clip.identity_id, clip.seconds)
+        self.metrics.tried("GenerateClips", clip.attempts)
+        if clip.identity_id is not None:
+            self.ledger.add_seconds(clip.identity_id, **clip.seconds)
 
     # ---- what one identity awaits -----------------------------------------------------------------------------
 
@@ -309,7 +335,11 @@ class Fleet:
         self.ledger.update(identity_id, attempts={**record.attempts, stage: float(ended.attempts)})
         resources = self.recipe.resources
         devices = resources.workers_per_slot * max(1.0, resources.worker_gpus)
-        self.ledger.add_seconds(identity_id, **{stage: ended.seconds * devices})
+        seconds = {stage: ended.seconds * devices}
+        self.ledger.add_seconds(identity_id, **seconds)
+        self.metrics.spent(identity_id, seconds)
+        self.metrics.tried(stage, ended.attempts)
+        self.traces.attempts(identity_id, stage, ended.attempts)
 
     def set_aside(self, kind: str, name: str, error: MagicIDError) -> None:
         """Report something that cannot be used, and go on."""
@@ -330,12 +360,13 @@ class Fleet:
                 identity_id, state=ledger.RUNNING, stage=stage, done=float(done), total=float(total),
                 began=record.began or time.time(),
             )  # fmt: skip
+            self.traces.stage(identity_id, stage)
         if len(self._rows) <= SHOWN_EACH and total > 1:
             note = "  ".join(f"{key} {value:.3g}" for key, value in (metrics or {}).items())
             self.display.show(f"{stage} {identity_id}", int(done), int(total), note)
 
     def _shower(self, row: ManifestRow | None, stage: str, total: int) -> Callable[[Any], None]:
-        """A callback for each finished clip: progress, and the time it took, to the identity's account."""
+        """A callback for each finished clip."""
         count = 0
 
         def show(clip: Any) -> None:
@@ -345,7 +376,6 @@ class Fleet:
                 self.display.show(stage, count, total)
                 return
             self.progress(row.id, stage, count, total)
-            self.ledger.add_seconds(row.id, **getattr(clip, "seconds", {}))
 
         return show
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import threading
@@ -28,6 +29,12 @@ def connect(settings: Recipe) -> None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+
+
+def submission() -> str:
+    """The submission id of the job that this process is; empty where it was not submitted."""
+    told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return str(told.get("metadata", {}).get("job_submission_id", ""))
 
 
 def run_location(out: str) -> str:

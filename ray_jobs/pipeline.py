@@ -56,10 +56,18 @@ class Pipeline:
     Args:
         job: name of this start of the job, for the ledger of tries.
         work: name and handle of the queues' actor.
+        spent: told of each clip that came out of the pools, with the seconds it took, in the loop's thread.
     """
 
-    def __init__(self, recipe: Recipe, run: Run, job: str, work: tuple[str, Any]) -> None:
-        self.recipe, self.run, self.job = recipe, run, job
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Run,
+        job: str,
+        work: tuple[str, Any],
+        spent: Callable[[ScoredClip], None] = lambda clip: None,
+    ) -> None:
+        self.recipe, self.run, self.job, self._spent = recipe, run, job, spent
         self._work_name, self._work = work
         self._loop = asyncio.get_running_loop()
         self._blocks: dict[str, tuple[_Request, list[Clip]]] = {}  # task id -> who waits, and for what
@@ -210,6 +218,7 @@ class Pipeline:
         """Keep the rows of a block, then tell whoever waits. Rows that nobody waits for came twice, or too late."""
         by_task: dict[str, list[Any]] = {}
         for row in rows:
+            self._loop.call_soon_threadsafe(self._spent, row.clip)
             name = self._task_of.get(_key(row.clip))
             if name in self._blocks:
                 request = self._blocks[name][0]

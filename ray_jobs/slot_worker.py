@@ -21,6 +21,7 @@ from magicid.schema import Pair
 from magicid.training.checkpoint import CheckpointStore
 from magicid.training.engine import create_engine
 from magicid.training.hpo import train_hpo
+from magicid.training.loggers import Curves
 from magicid.training.loop import LogRow, TrainingResult
 from magicid.training.pairs import PairStore, read_latents, read_text
 from magicid.training.sft import train_sft
@@ -59,36 +60,45 @@ class SlotWorker:
         recipe = self.recipe.for_identity(task.payload["overrides"])
         folder = self.run.path(training_uri(identity_id, name, "checkpoints"))
         stage = self._sft if name == "sft" else self._hpo
+        curves = self._curves(identity_id, name)
         self._alive()
         try:
             progress(0, {})
-            result = stage(task, recipe, CheckpointStore(folder, name), progress)
+            result = stage(task, recipe, CheckpointStore(folder, name), _Watch(progress, self._alive, curves))
             if self.engine.rank == 0:
                 self._write(identity_id, name, result)
         finally:
             watchdog.start_time_limit(0)
+            curves.close()
         return {"steps": result.steps, "loss": result.history[-1]["loss"]}
+
+    def _curves(self, identity_id: str, stage: str) -> Curves:
+        """What the recipe's loggers are told, by one worker."""
+        settings = self.recipe.training
+        place = self.run.path(training_uri(identity_id, stage, "logs"))
+        if settings.folder:
+            place = storage.join(settings.folder, identity_id, stage)
+        names = settings.loggers if self.engine.rank == 0 else []
+        return Curves(names, place, f"{identity_id}/{stage}", self.run.location)
 
     def _alive(self) -> None:
         """Each step has its own time; a worker that hangs in one ends, and its slot with it."""
         watchdog.start_time_limit(self.recipe.fleet.step_limit_s)
 
-    def _sft(self, task: Task, recipe: Recipe, checkpoints: CheckpointStore, progress: OnProgress) -> TrainingResult:
+    def _sft(self, task: Task, recipe: Recipe, checkpoints: CheckpointStore, watch: _Watch) -> TrainingResult:
         examples = task.payload["examples"]
         clips = {example["clip_id"]: read_latents(self.run.location, example["latents_uri"]) for example in examples}
         text = read_text(self.run.location, examples[0]["text_uri"])
-        watch = _Watch(progress, self._alive)
         return train_sft(
             self.engine, self.backbone, clips, text, recipe.sft, recipe.trainer, checkpoints,
             on_log=watch.log, on_step=watch.step,
         )  # fmt: skip
 
-    def _hpo(self, task: Task, recipe: Recipe, checkpoints: CheckpointStore, progress: OnProgress) -> TrainingResult:
+    def _hpo(self, task: Task, recipe: Recipe, checkpoints: CheckpointStore, watch: _Watch) -> TrainingResult:
         identity_id = task.payload["identity_id"]
         pairs = PairStore([schema.from_row(Pair, row) for row in task.payload["examples"]], self.run.location)
         sft = storage.read_bytes(self.run.path(training_uri(identity_id, "sft", RAW_FILE)))
         text = pairs[next(iter(pairs.kinds))].text
-        watch = _Watch(progress, self._alive)
         return train_hpo(
             self.engine, self.backbone, pairs, safetensors.torch.load(sft), recipe.hpo, recipe.trainer,
             recipe.sampling.guidance_scale, checkpoints,
@@ -123,12 +133,13 @@ def log_schema(history: list[LogRow]) -> pa.Schema:
 class _Watch:
     """Joins what the loop tells: the log row every few steps, the step number at each."""
 
-    def __init__(self, progress: OnProgress, alive: Callable[[], None]) -> None:
-        self.progress, self.alive = progress, alive
+    def __init__(self, progress: OnProgress, alive: Callable[[], None], curves: Curves) -> None:
+        self.progress, self.alive, self.curves = progress, alive, curves
         self.metrics: dict[str, float] = {}
 
     def log(self, row: LogRow) -> None:
         self.metrics = {name: row[name] for name in REPORTED if name in row}
+        self.curves.log(row)
 
     def step(self, step: int) -> None:
         self.alive()

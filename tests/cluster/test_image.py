@@ -26,7 +26,7 @@ FINAL = INSTRUCTIONS[max(i for i, line in enumerate(INSTRUCTIONS) if line.starts
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (CLUSTER / "requirements.lock").read_text()
 LOCKED = {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+) \\$", LOCK, re.M)}
-EXTRAS = ("s3", "gcs", "postgres")
+EXTRAS = ("s3", "gcs", "postgres", "tracing", "tensorboard")  # those of lock.sh
 
 
 def _words(instruction: str) -> list[str]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable
 
 import yaml
 
+from magicid import ledger
+from ray_jobs.metrics import ADMISSION
+from ray_jobs.work import CLIPS, TRAINING
 from serve.schema import CANCELLED
 from tests.cluster.manifests import CLUSTER, ROOT, container, documents, ray_clusters
 
@@ -35,14 +40,51 @@ def test_monitors_choose_pods_by_labels_that_they_have() -> None:
         assert monitor["selector"]["matchLabels"].items() <= (label | kuberay).items()
 
 
-def test_alerts_ask_for_metrics_that_exist() -> None:
+def _rules() -> list[dict[str, str]]:
     (rules,) = (d["spec"]["groups"] for d in documents("monitoring/prometheus.yaml") if d["kind"] == "PrometheusRule")
-    asked = {name for group in rules for rule in group["rules"] for name in re.findall(r"magicid_\w+", rule["expr"])}
-    known = set(re.findall(r'"(magicid_\w+)"', (ROOT / "serve/metrics.py").read_text()))
-    assert {name.removesuffix("_total") for name in asked} <= known
-    (no_failures,) = re.findall(r'outcome!~"([a-z|]+)"', str(rules))
+    return [rule for group in rules for rule in group["rules"]]
+
+
+def _boards() -> dict[str, list[str]]:
+    """The expressions of each dashboard."""
+    boards = {file.name: json.loads(file.read_text()) for file in (CLUSTER / "grafana").glob("*.json")}
+    return {name: [t["expr"] for p in board["panels"] for t in p["targets"]] for name, board in boards.items()}
+
+
+def _asked(expressions: Iterable[str]) -> set[str]:
+    """Metrics by the names that the code gives them: Prometheus adds the endings of counters and histograms."""
+    names = {name for text in expressions for name in re.findall(r"magicid_\w+", text)}
+    return {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in names}
+
+
+def _made() -> set[str]:
+    text = (ROOT / "serve/metrics.py").read_text()
+    found = set(re.findall(r'"(magicid_\w+)"', text + (ROOT / "ray_jobs/metrics.py").read_text()))
+    (caches,) = re.findall(r"magicid_cache_\{name\}.*?for name in (\(.*?\))", text, re.S)
+    return found | {f"magicid_cache_{name}" for name in re.findall(r'"(\w+)"', caches)}
+
+
+def test_dashboards_and_alerts_ask_for_metrics_that_exist() -> None:
+    assert _asked(rule["expr"] for rule in _rules()) <= _made()
+    for board, expressions in _boards().items():
+        assert _asked(expressions) <= _made(), board
+
+
+def test_every_metric_is_on_a_dashboard() -> None:
+    assert _made() == _asked(text for expressions in _boards().values() for text in expressions)
+
+
+def test_alerts_on_outcomes_and_states_use_words_of_the_code() -> None:
+    rules = str(_rules())
+    (no_failures,) = re.findall(r'outcome!~"([a-z|]+)"', rules)
     words = set(re.findall(r'"(completed|lost)"', (ROOT / "serve/worker.py").read_text())) | {CANCELLED}
     assert set(no_failures.split("|")) == words  # all other outcomes are error codes
+    text = rules + str(_boards())
+    assert {w for found in re.findall(r'state=~?"([a-z|]+)"', text) for w in found.split("|")} <= set(ledger.STATES)
+    queues = set(re.findall(r'queue="(\w+)"', text))
+    assert queues <= {TRAINING, CLIPS, ADMISSION}
+    assert set(re.findall(r'stage="(\w+)"', text)) <= {TRAINING}
+    assert set(re.findall(r'kind="(\w+)"', text)) == {"waiting", "held"}
 
 
 def test_every_dashboard_reaches_grafana() -> None:

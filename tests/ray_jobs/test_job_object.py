@@ -7,7 +7,7 @@ import os
 import pytest
 
 from magicid.errors import RewardError, StorageError
-from ray_jobs.job import cause, run_location
+from ray_jobs.job import cause, run_location, submission
 
 
 def test_a_submitted_job_does_not_write_into_its_copy_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,3 +23,10 @@ def test_a_cause_is_one_line() -> None:
     assert cause(ValueError("")) == "ValueError: no message"
     assert cause(RuntimeError("trace\n\n  out of luck\n")) == "RuntimeError: out of luck"
     assert cause(RewardError("no metric model", "put it there")) == "no metric model"
+
+
+def test_a_job_knows_its_submission(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    assert submission() == ""
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "run-1"}}')
+    assert submission() == "run-1"
