@@ -43,9 +43,12 @@ def _head(status: Status) -> Text:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str | Text]], numbers: Sequence[str] = ()) -> Table:
-    drawn = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
+    drawn = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for head in heads:
-        drawn.add_column(head, overflow="fold", justify="right" if head in numbers else "left")
+        if head in numbers:
+            drawn.add_column(head, no_wrap=True, justify="right")
+        else:
+            drawn.add_column(head, overflow="fold")
     for row in rows:
         drawn.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
     return drawn
@@ -74,7 +77,7 @@ def _tenants(status: Status) -> Table:
                 f"{sum(status.seconds.values()):.0f}",
             ]
         )
-    heads = ["tenant", *states, "longest wait", "device-seconds"]
+    heads = ["tenant", *states, "wait", "device-s"]
     return _table(heads, rows, heads[1:])
 
 

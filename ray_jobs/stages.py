@@ -53,6 +53,7 @@ class Stage:
         job: name of this start of the job, for the ledger of tries.
     """
 
+    name = ""  # of the class: Ray Data makes a class of its own of it, so `type(self)` does not say
     reads: type = ScoredClip
     writes: type = ScoredClip
 
@@ -69,20 +70,20 @@ class Stage:
         began = time.perf_counter()
         with watchdog.time_limit(self.recipe.fleet.clip_limit_s):
             yield
-        seconds[type(self).__name__] = time.perf_counter() - began
+        seconds[self.name] = time.perf_counter() - began
 
     def setup(self) -> None:
         """Load the model."""
 
     def process(self, rows: list[Any]) -> Iterator[Any]:
         """One output row for each input row."""
-        raise NotImplementedError(f"{type(self).__name__} must map its rows")
+        raise NotImplementedError(f"{self.name} must map its rows")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows: list[Any] = [schema.from_row(self.reads, row) for row in batch.to_pylist()]
         results = list(self.process(rows))
         if [r.clip_id for r in results] != [r.clip_id for r in rows]:
-            raise MagicIDError(f"{type(self).__name__} lost or reordered rows", "report this as a defect")
+            raise MagicIDError(f"{self.name} lost or reordered rows", "report this as a defect")
         return pa.Table.from_pylist(schema.to_rows(results), schema=schema.arrow_schema(self.writes))
 
 
@@ -97,7 +98,7 @@ class Scorer(Stage):
                 continue
             seconds = dict(row.seconds)
             try:
-                attempts.begin(f"{type(self).__name__}-{row.identity_id or 'shared'}-{row.clip_id}")
+                attempts.begin(f"{self.name}-{row.identity_id or 'shared'}-{row.clip_id}")
                 with self.timed(seconds):
                     scored = self.score(row, *self._frames(row))
             except Exception as error:  # one clip's failure is a value with a reason
@@ -118,11 +119,11 @@ class Scorer(Stage):
 
     def score(self, row: ScoredClip, frames: np.ndarray, fps: int) -> Any:
         """The row with what this stage adds, from frames uint8 (F, H, W, 3). May raise anything."""
-        raise NotImplementedError(f"{type(self).__name__} must score a clip")
+        raise NotImplementedError(f"{self.name} must score a clip")
 
     def failed(self, row: ScoredClip, why: str) -> Any:
         """The row with nulls and the reason."""
-        raise NotImplementedError(f"{type(self).__name__} must say that it failed")
+        raise NotImplementedError(f"{self.name} must say that it failed")
 
     def _frames(self, clip: Clip) -> tuple[np.ndarray, int]:
         """The clip's frames and fps, its bytes checked against the row's hash."""
@@ -170,6 +171,7 @@ class TakeBlocks:
 class GenerateClips(Stage):
     """Samples the clips that are wanted, or finds the finished ones in storage."""
 
+    name = "GenerateClips"
     reads, writes = Clip, ScoredClip
 
     def setup(self) -> None:
@@ -187,6 +189,8 @@ class GenerateClips(Stage):
 
 class ScoreIdentity(Scorer):
     """Face embeddings of every frame; R_id against any person is then a dot product."""
+
+    name = "ScoreIdentity"
 
     def setup(self) -> None:
         from magicid.rewards.identity import IdentityReward
@@ -213,6 +217,8 @@ class ScoreIdentity(Scorer):
 class ScoreMotion(Scorer):
     """R_dy: mean optical-flow magnitude, px per frame."""
 
+    name = "ScoreMotion"
+
     def setup(self) -> None:
         from magicid.rewards.dynamics import MotionReward
 
@@ -227,6 +233,8 @@ class ScoreMotion(Scorer):
 
 class ScoreSemantics(Scorer):
     """R_sem: the vision-language model's expected rating, 1..10."""
+
+    name = "ScoreSemantics"
 
     def setup(self) -> None:
         from magicid.rewards.semantics import SemanticsReward
@@ -258,6 +266,8 @@ _FINISHED = pa.schema(
 
 class MeasureClips(Scorer):
     """The table's metrics, by networks that no reward used, against the identity that the row names."""
+
+    name = "MeasureClips"
 
     def setup(self) -> None:
         from magicid.evaluation.metrics import Metrics

@@ -67,6 +67,7 @@ def test_every_clip_has_its_rewards_or_a_reason(finished: Path) -> None:
     assert sorted(row.kind for row in rows) == ["V_id"] * 5 + ["V_s"] * 8 + ["V_t"] * 8
     for row in rows:
         assert row.error is None
+        assert set(row.seconds) == {"GenerateClips", "ScoreIdentity", "ScoreMotion", "ScoreSemantics"}
         assert storage.sha256_bytes(storage.read_bytes(finished / str(row.video_uri))) == row.video_sha256
         assert (row.embeddings is None) == (row.identity_error is not None)
         assert row.motion_reward is not None
