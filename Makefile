@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo serve test lint bench world clean help
+.PHONY: setup demo serve test soak lint bench world clean help
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -36,6 +36,9 @@ serve: $(READY)  ## the demo's adapters behind http://127.0.0.1:8000
 
 test: $(READY)  ## all tests
 	@$(BIN)/python -m pytest
+
+soak: $(READY)  ## trials that take hours: chaos, load
+	@$(BIN)/python -m pytest -m soak --timeout 3600
 
 lint: $(READY)  ## formatter, linter and type checker
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

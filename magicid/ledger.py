@@ -54,8 +54,8 @@ class Record:
     attempts: dict[str, float] = field(default_factory=dict)  # stage -> tries of its training
     seconds: dict[str, float] = field(default_factory=dict)  # what it kept busy -> device-seconds
     failed_clips: int = 0
-    problem: str | None = None  # why it failed, and what to do
-    action: str | None = None
+    problem: str | None = None  # why it failed, or else its last clip that did
+    action: str | None = None  # what to do
     adapter: str | None = None  # the published version
     row_sha256: str = ""  # of the manifest row it was begun with
 

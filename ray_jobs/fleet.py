@@ -29,7 +29,7 @@ from ray_jobs import pools, work
 from ray_jobs.intake import Intake
 from ray_jobs.job import cause
 from ray_jobs.metrics import ADMISSION, FleetMetrics
-from ray_jobs.pipeline import Pipeline
+from ray_jobs.pipeline import Pipeline, failure
 from ray_jobs.progress import Display
 from ray_jobs.queue import Ended, FairQueue, Task, due_time
 from ray_jobs.slots import Slots
@@ -155,7 +155,9 @@ class Fleet:
         if known and known.state == ledger.CANCELLED:
             return
         if not known or known.state != ledger.DONE:
-            self.ledger.update(row.id, state=ledger.WAITING, problem=None, action=None, ended=None)
+            self.ledger.update(
+                row.id, state=ledger.WAITING, problem=None, action=None, ended=None, failed_clips=0
+            )  # fmt: skip
         self._admission.put(Task(row.id, row.owner, 1.0, self.due(row)))
 
     def _let_go(self, erased: set[str]) -> None:
@@ -208,7 +210,8 @@ class Fleet:
             self._admission.finish(row.id)
             self._ways.pop(row.id, None)
             if (record := self.ledger.records.get(row.id)) is not None:
-                self.traces.end(row.id, record.state, record.problem, record.adapter)
+                problem = record.problem if record.state == ledger.FAILED else None
+                self.traces.end(row.id, record.state, problem, record.adapter)
 
     def _failed(self, identity_id: str, error: MagicIDError) -> None:
         self._end(identity_id, state=ledger.FAILED, problem=error.problem, action=error.action)
@@ -289,12 +292,16 @@ class Fleet:
         rows = await self.pipeline.score(
             folder, row.owner if row else SHARED, self.due(row) if row else 0.0, wanted, show
         )
+        failed = 0
         for clip in rows:
-            if clip.error is not None:
-                error = MagicIDError(clip.error, "the others go on; run again to try it again")
+            if (why := failure(clip)) is not None:
+                failed += 1
+                error = MagicIDError(why, "the others go on; run again to try it again")
                 self.set_aside("clip", clip.clip_id, error)
                 if row:
-                    self.ledger.update(row.id, failed_clips=self.ledger.records[row.id].failed_clips + 1)
+                    self.ledger.update(row.id, problem=f"clip {clip.clip_id}: {why}", action=error.action)
+        if row and failed:
+            self.ledger.update(row.id, failed_clips=self.ledger.records[row.id].failed_clips + failed)
         return [clip for clip in rows if clip.error is None]
 
     async def measure(self, row: ManifestRow, wanted: Sequence[Clip]) -> list[MetricRow]:
