@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from magicid import storage
+from magicid import storage, storage_errors
 from magicid.attempts import Attempts
 from magicid.backbones import load_backbone
 from magicid.backbones.base import TextEmbeddings
 from magicid.clips import decode_mp4, encode_mp4, inflate_photo
-from magicid.errors import GenerationError, MagicIDError
+from magicid.errors import GenerationError, MagicIDError, StorageError
 from magicid.recipe import Recipe
 from magicid.run import Run, clip_uri, text_uri
 from magicid.schema import STATIC_CLIP, VALIDATION_CLIP, Clip
@@ -45,7 +45,11 @@ class Generator:
         self._texts: dict[str, str] = {}  # prompt -> URI of its embeddings, once written
 
     def make(self, wanted: Sequence[Clip]) -> Iterator[Clip]:
-        """One row for each wanted clip, in order. One clip's failure, of whatever kind, does not end the others."""
+        """One row for each wanted clip, in order. One clip's failure, of whatever kind, does not end the others.
+
+        Raises:
+            StorageError: the run's storage is full or away, which is no clip's failure.
+        """
         for clip in wanted:
             yield self._finished(clip) or self._try(clip)
 
@@ -67,6 +71,8 @@ class Generator:
                 text_uri=self._text(clip.prompt),
             )
         except Exception as error:
+            if isinstance(error, StorageError) and storage_errors.outage(error):
+                raise  # it may well be whole
             _log.warning("clip %s is made again: %s", clip.clip_id, error)
             return None
 
@@ -80,6 +86,8 @@ class Generator:
             try:
                 return dataclasses.replace(self._make(clip), attempts=tries)
             except Exception as error:
+                if isinstance(error, StorageError) and storage_errors.outage(error):
+                    raise
                 text = str(error) if isinstance(error, MagicIDError) else f"{type(error).__name__}: {error}"
                 problem = f"failed {tries} times: {text}"
         return dataclasses.replace(clip, attempts=limit, error=problem)

@@ -119,6 +119,11 @@ def transient(error: BaseException) -> bool:
     return False
 
 
+def outage(error: BaseException) -> bool:
+    """Whether the storage is to blame and not the file: full, without rights, or away. It says nothing of the file."""
+    return next_action(error, "") != ""
+
+
 def next_action(error: BaseException, otherwise: str) -> str:
     """What to do about an error of a storage; `otherwise` where it says nothing of use."""
     for each in _chain(error):

@@ -130,7 +130,7 @@ class Fleet:
                 raise
             self.display.say(f"the manifest cannot be read now, the job goes on: {error}", "yellow")
         for command in await asyncio.to_thread(lambda: list(commands.pending(self.run))):
-            self._obey(command)
+            await self._obey(command)
             await asyncio.to_thread(storage.remove, command.location)
 
     def _arrive(self, row: ManifestRow) -> None:
@@ -169,7 +169,7 @@ class Fleet:
                 self._ways[name].cancel()
             self.ledger.forget(name)
 
-    def _obey(self, command: commands.Command) -> None:
+    async def _obey(self, command: commands.Command) -> None:
         name = command.identity_id
         record = self.ledger.records.get(name)
         if record is None:
@@ -185,8 +185,18 @@ class Fleet:
             and record.state in (ledger.FAILED, ledger.CANCELLED)
             and name in self._rows
         ):
+            await asyncio.to_thread(self._forget_tries, name)
             self.ledger.update(name, state=ledger.WAITING, problem=None, action=None, ended=None, failed_clips=0)
             self._admission.put(Task(name, record.owner, 1.0, self.due(self._rows[name])))
+
+    def _forget_tries(self, identity_id: str) -> None:
+        """Let the tries of what failed begin anew."""
+        rows = self.run.read_parts(f"scored/{identity_id}", ScoredClip)
+        names = {clip.clip_id for clip in rows if failure(clip)}
+        for file in storage.list_files(self.run.path("attempts", self.name), ".json"):
+            key = file.rsplit("/", 1)[-1].removesuffix(".json")
+            if key == f"identity-{identity_id}" or key.rsplit("-", 1)[-1] in names:
+                storage.remove(file)
 
     def _admit(self) -> None:
         self._admission.ended()  # the ledger has it

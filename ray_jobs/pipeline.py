@@ -13,6 +13,7 @@ import asyncio
 import dataclasses
 import itertools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from ray_jobs.work import CLIPS
 
 CLIPS_PER_BLOCK = 4  # clips that travel together; small, so that pools overlap and little is lost with a node
 TICKETS = 512  # blocks of one pass; then the models are loaded again, which bounds what Ray Data remembers
+PAUSE_S = 5  # after the first broken pass, longer after the next: a full disk may be seen to
 BROKEN_PASSES = 3  # passes in a row that ended with an error and no clip before what is wanted is given up
 
 Key = tuple[str, str, str]  # kind, identity or "", clip id: what is on its way through the pools
@@ -190,6 +192,7 @@ class Pipeline:
                             "see the worker's log and `magicid check`, then run the same command again",
                         )
                         return
+                    time.sleep(PAUSE_S * broken)
                 ray.get(self._work.call.remote(CLIPS, "release_all", "the pass over its pools broke"))
 
     def _pass(self) -> None:

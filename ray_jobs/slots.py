@@ -22,8 +22,8 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from magicid import storage
-from magicid.errors import MagicIDError, TrainingError
+from magicid import storage, storage_errors
+from magicid.errors import MagicIDError, StorageError, TrainingError
 from magicid.recipe import Recipe
 from magicid.run import Run
 from ray_jobs.queue import Held, Task
@@ -158,8 +158,9 @@ def slot_loop(config: dict[str, Any]) -> None:
         try:
             result = worker.train(task, tell or (lambda step, metrics: None))
         except MagicIDError as error:  # this identity stops, with its last good checkpoint; the slot goes on
+            away = isinstance(error, StorageError) and storage_errors.outage(error)  # which another try may not meet
             if rank == 0:
-                ray.get(work.call.remote(TRAINING, "fail", slot, str(error)))
+                ray.get(work.call.remote(TRAINING, "release" if away else "fail", slot, str(error)))
         except Cancelled:
             if world_size > 1:  # the other workers are in the middle of a step: start them all again
                 raise

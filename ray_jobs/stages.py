@@ -10,8 +10,9 @@
 
 Rewards look at the clips of the preference repository, metrics at the others; each passes on what is not its own, so
 one pass serves both and the video model is loaded once. A row that fails carries its reason on; it never ends the job.
-One that hangs, or eats memory, ends its process and is given up when its tries are used up. Pixels stay in storage,
-rows carry URI + SHA-256.
+One that hangs, or eats memory, ends its process and is given up when its tries are used up. A storage that is full or
+away is no row's failure: the pass over the pools breaks and is begun again. Pixels stay in storage, rows carry URI +
+SHA-256.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from magicid import schema, storage
+from magicid import schema, storage, storage_errors
 from magicid.attempts import Attempts
 from magicid.clips import decode_mp4
-from magicid.errors import MagicIDError, RewardError
+from magicid.errors import MagicIDError, RewardError, StorageError
 from magicid.generation import Generator
 from magicid.photos import read_image
 from magicid.recipe import Recipe
@@ -102,6 +103,8 @@ class Scorer(Stage):
                 with self.timed(seconds):
                     scored = self.score(row, *self._frames(row))
             except Exception as error:  # one clip's failure is a value with a reason
+                if isinstance(error, StorageError) and storage_errors.outage(error):
+                    raise  # that of the storage says nothing of the clip
                 scored = self.failed(row, reason(error))
             yield self.with_seconds(scored, seconds)
 

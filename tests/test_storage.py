@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from magicid import recipe, storage
+from magicid import recipe, storage, storage_errors
 from magicid.errors import StorageError
 from magicid.run import Run
 
@@ -154,3 +155,25 @@ def test_object_stores_are_asked_for_no_folder(monkeypatch: pytest.MonkeyPatch) 
 def test_a_shown_location_holds_no_secret(location: str, shown: str) -> None:
     assert storage.public_name(location) == shown
     assert storage.public_text(f"cannot read ('{location}'): no") == f"cannot read ('{shown}'): no"
+
+
+def test_an_outage_is_told_from_a_file_that_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a row may be blamed for, and what not."""
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    for location in (broken, tmp_path / "missing.json"):
+        with pytest.raises(StorageError) as bad:
+            storage.read_json(location)
+        assert not storage_errors.outage(bad.value)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+
+        def refuse(*_: object, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", refuse)
+            with pytest.raises(StorageError) as full:
+                storage.write_bytes(tmp_path / "x", b"")
+        assert storage_errors.outage(full.value)
+    assert storage_errors.outage(ConnectionResetError("reset"))
+    assert not storage_errors.outage(ValueError("a clip of no frames"))
