@@ -70,7 +70,7 @@ def add(
 @app.command()
 @told_plainly
 def remove(name: str, settings: Settings = None) -> None:
-    """Remove a tenant: its key stops working at once, its videos stay until they expire."""
+    """Remove a tenant: its key stops working within a second, its videos stay until they expire."""
     _tenants(settings).remove(name)
     open_audit(_settings(settings)).write("tenant.remove", tenant=None, request_id=None, subject=name, detail={})
 

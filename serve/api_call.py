@@ -78,6 +78,10 @@ class Call:
         """A record. Raises NotFound or ApiError, answered alike: an unknown video, or another tenant's."""
         return self.jobs.get(checked_id(video_id), self.scope)
 
+    def look(self, video_id: str) -> Video:
+        """A record as it is answered. Raises as `job` does."""
+        return Video.of(*self.jobs.look(checked_id(video_id), self.scope))
+
     def video(self, job: Job) -> Video:
         """A record as it is answered."""
         return Video.of(job, self.jobs.queue_position(job) if job.status == QUEUED else None)

@@ -40,8 +40,8 @@ IdempotencyKey = Annotated[
 ]
 
 
-@router.post("/v1/videos", openapi_extra=SCHEMA)
-def create_video(call: Authorized, body: Body, response: Response, idempotency_key: IdempotencyKey = None) -> Video:
+@router.post("/v1/videos", openapi_extra=SCHEMA, response_model=Video)
+def create_video(call: Authorized, body: Body, idempotency_key: IdempotencyKey = None) -> Response:
     """Queue a video. Answered when its record is durable; poll it until its status is completed or failed."""
     target = _target(call, body)
     request = call.context.limits.request(body)
@@ -65,7 +65,7 @@ def create_video(call: Authorized, body: Body, response: Response, idempotency_k
     elif key and not _same(job, target, request, body):
         message = "this Idempotency-Key was used for another video: use a new key"
         raise ApiError(422, "idempotency_key_reused", message, param="idempotency-key")
-    return _answer(call, job, response)
+    return _answer(call.video(job))
 
 
 @router.get("/v1/videos")
@@ -83,18 +83,18 @@ def list_videos(
     return VideoList(data=videos, first_id=ends[0], last_id=ends[1], has_more=has_more)
 
 
-@router.get("/v1/videos/{video_id}")
-def retrieve_video(call: Authorized, video_id: VideoId, response: Response) -> Video:
+@router.get("/v1/videos/{video_id}", response_model=Video)
+def retrieve_video(call: Authorized, video_id: VideoId) -> Response:
     """One video. While it is open, `openai-poll-after-ms` says when to ask again."""
-    return _answer(call, call.job(video_id), response)
+    return _answer(call.look(video_id))
 
 
-@router.post("/v1/videos/{video_id}/cancel")
-def cancel_video(call: Authorized, video_id: VideoId, response: Response) -> Video:
+@router.post("/v1/videos/{video_id}/cancel", response_model=Video)
+def cancel_video(call: Authorized, video_id: VideoId) -> Response:
     """Stop a video: it ends as failed with the code `cancelled`. One that is finished stays as it is."""
     job = call.jobs.cancel(checked_id(video_id), call.scope)
     call.note("video.cancel", job.id, status=job.status)
-    return _answer(call, job, response)
+    return _answer(call.video(job))
 
 
 @router.delete("/v1/videos/{video_id}")
@@ -193,9 +193,10 @@ def _note_created(call: Call, job: Job) -> None:
         _log.info("%s %s prompt: %r", *told.values(), extra=told)
 
 
-def _answer(call: Call, job: Job, response: Response) -> Video:
-    video = call.video(job)
-    if job.status in OPEN:
+def _answer(video: Video) -> Response:
+    """The video as JSON: it is what the framework would check and write once more."""
+    headers = {}
+    if video.status in OPEN:
         wait_ms = min(_POLL_MS + _POLL_MS_PER_PLACE * (video.queue_position or 0), _POLL_MS_MOST)
-        response.headers["openai-poll-after-ms"] = str(wait_ms)
-    return video
+        headers["openai-poll-after-ms"] = str(wait_ms)
+    return Response(video.model_dump_json(), headers=headers, media_type="application/json")

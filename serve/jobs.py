@@ -19,7 +19,14 @@ import sqlalchemy as sa
 
 from magicid.errors import MagicIDError
 from serve.database import Database, jobs
-from serve.fair_order import FAIR_ORDER, advance_share, count_before, start_tag
+from serve.fair_order import (
+    COUNT_BEFORE,
+    FAIR_ORDER,
+    RECORD_AND_PLACE,
+    RECORD_AND_PLACE_OF,
+    advance_share,
+    start_tag,
+)
 from serve.job_limits import QueueFull, QuotaExceeded, check_room
 from serve.job_rows import BY_AGE, announce, held, of_identity, remove, rows, to_job, update
 from serve.schema import CANCELLED, COMPLETED, FAILED, IN_PROGRESS, OPEN, QUEUED, Job, Target, VideoRequest, to_json
@@ -146,6 +153,17 @@ class JobStore:
         with self._database.reading() as connection:
             return to_job(_one(connection, job_id, tenant))
 
+    def look(self, job_id: str, tenant: str | None) -> tuple[Job, int | None]:
+        """`get` and `queue_position` at one moment, by one statement. Raises NotFound."""
+        query, values = RECORD_AND_PLACE, {"job_id": job_id}
+        if tenant is not None:
+            query, values = RECORD_AND_PLACE_OF, values | {"of_tenant": tenant}
+        with self._database.reading() as connection:
+            row = connection.execute(query, values).mappings().first() if _ID.fullmatch(job_id) else None
+        if row is None:
+            raise _not_found(job_id)
+        return to_job(row), row["place"]
+
     def list(
         self, tenant: str | None, *, limit: int = 20, after: str | None = None, order: str = "desc"
     ) -> tuple[Jobs, bool]:
@@ -174,7 +192,7 @@ class JobStore:
     def queue_position(self, job: Job) -> int | None:
         """How many jobs come before it in the fair order; None unless it is (still) queued."""
         with self._database.reading() as connection:
-            return count_before(connection, job.id)
+            return connection.execute(COUNT_BEFORE, {"job_id": job.id}).scalar()
 
     def claim(self, worker: str, *, resident: Collection[str] = (), limit: int = 1) -> Jobs:
         """Take the next jobs in the fair order, at most `limit`; each is given to one worker only.
@@ -368,5 +386,9 @@ def _one(connection: sa.Connection, job_id: str, tenant: str | None, *, lock: bo
     # An id that we did not make is not looked up: PostgreSQL refuses some texts.
     found = rows(connection, query.with_for_update() if lock else query) if _ID.fullmatch(job_id) else []
     if not found:
-        raise NotFound(f"no video {job_id!r}", "check the id; finished videos are kept for a limited time")
+        raise _not_found(job_id)
     return found[0]
+
+
+def _not_found(job_id: str) -> NotFound:
+    return NotFound(f"no video {job_id!r}", "check the id; finished videos are kept for a limited time")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from serve.database import Database, grants, tenants
 
 _PREFIX_LENGTH = 12  # of a key: stored in the clear to find its row; too little of it to be of use
 _SHORTEST_KEY = 32
+_BELIEVED_S = 1.0  # what a process knows of a key; a removed one works this long in others than the remover's
+_BY_PREFIX = sa.select(tenants).where(tenants.c.key_prefix == sa.bindparam("prefix"))
 
 
 class TenantError(MagicIDError):
@@ -52,6 +55,9 @@ class TenantStore:
     def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
         self._database = database
         self._clock = clock
+        self._lock = threading.Lock()
+        self._known: dict[bytes, tuple[float, Tenant]] = {}  # by hash of the key: believed until then (monotonic)
+        self._paid: dict[str, int] = {}  # requests that the bucket has been charged for and that have not come
 
     def add(
         self,
@@ -97,14 +103,21 @@ class TenantStore:
         return key
 
     def authenticate(self, key: str) -> Tenant | None:
-        """The tenant whose key this is; None: nobody's."""
+        """The tenant whose key this is, as it was at most a second ago; None: nobody's."""
         if not _is_plain(key):
             return None
-        query = sa.select(tenants).where(tenants.c.key_prefix == key[:_PREFIX_LENGTH])
+        name, now = _hash(b"", key), time.monotonic()
+        until, known = self._known.get(name, (0.0, None))
+        if known is not None and now < until:
+            return known
         with self._database.reading() as connection:
-            for row in connection.execute(query).mappings().all():
+            for row in connection.execute(_BY_PREFIX, {"prefix": key[:_PREFIX_LENGTH]}).mappings().all():
                 if hmac.compare_digest(_hash(row["key_salt"], key), row["key_hash"]):
-                    return _tenant(row, _granted(connection, row["name"]))
+                    found = _tenant(row, _granted(connection, row["name"]))
+                    with self._lock:
+                        self._known = {k: v for k, v in self._known.items() if v[0] > now}
+                        self._known[name] = (now + _BELIEVED_S, found)
+                    return found
         return None
 
     def grant(self, name: str, identity_id: str) -> None:
@@ -113,6 +126,7 @@ class TenantStore:
             _require(connection, name)
             if identity_id not in _granted(connection, name):
                 _grant(connection, name, identity_id)
+        self._forget()
 
     def revoke(self, name: str, identity_id: str) -> None:
         """Take a grant back, if there is one. Raises TenantError: no such tenant."""
@@ -120,12 +134,18 @@ class TenantStore:
             _require(connection, name)
             where = (grants.c.tenant == name, grants.c.identity_id == identity_id)
             connection.execute(sa.delete(grants).where(*where))
+        self._forget()
 
     def remove(self, name: str) -> None:
-        """Remove a tenant: its key stops working; its videos stay until they expire. Raises TenantError."""
+        """Remove a tenant: its key stops working, its videos stay until they expire. Raises TenantError."""
         with self._database.session() as connection:
             _require(connection, name)
             connection.execute(sa.delete(tenants).where(tenants.c.name == name))
+        self._forget()
+
+    def _forget(self) -> None:
+        with self._lock:
+            self._known = {}
 
     def list(self) -> list[Tenant]:
         """All tenants, by name."""
@@ -136,9 +156,15 @@ class TenantStore:
     def take(self, tenant: Tenant) -> float:
         """Count one request of a tenant against its rate, over all the endpoint's processes.
 
+        The bucket in the database is charged for a second's worth at a time, so that not every poll writes there.
+
         Returns:
             0.0: go on; else the seconds until there is room for one more. A minute's worth may come at once.
         """
+        with self._lock:
+            if self._paid.get(tenant.name):
+                self._paid[tenant.name] -= 1
+                return 0.0
         rate = tenant.requests_per_minute / 60
         with self._database.session() as connection:
             query = sa.select(tenants.c.tokens, tenants.c.tokens_at).where(tenants.c.name == tenant.name)
@@ -149,9 +175,12 @@ class TenantStore:
             tokens = min(float(tenant.requests_per_minute), row.tokens + (now - row.tokens_at) * rate)
             if tokens < 1:
                 return (1 - tokens) / rate
+            charged = min(int(tokens), max(1, int(rate)))
             update = sa.update(tenants).where(tenants.c.name == tenant.name)
-            connection.execute(update.values(tokens=tokens - 1, tokens_at=now))
-            return 0.0
+            connection.execute(update.values(tokens=tokens - charged, tokens_at=now))
+        with self._lock:
+            self._paid[tenant.name] = self._paid.get(tenant.name, 0) + charged - 1
+        return 0.0
 
 
 def _check(name: str, key: str | None, weight: float, max_open: int, requests_per_minute: int) -> None:

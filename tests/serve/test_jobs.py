@@ -92,7 +92,7 @@ def test_a_record_comes_back_as_it_was_made(store: JobStore, clock: Clock) -> No
 
 def test_an_unknown_video_and_anothers_are_told_apart_by_nothing(store: JobStore) -> None:
     job = make(store, "t")
-    calls = (store.get, store.cancel, store.delete, lambda video, tenant: store.list(tenant, after=video))
+    calls = (store.get, store.look, store.cancel, store.delete, lambda video, tenant: store.list(tenant, after=video))
     for call in calls:
         with pytest.raises(NotFound) as theirs:
             call(job.id, "other")
@@ -549,6 +549,9 @@ def test_the_place_in_the_queue_is_the_order_of_claims(
             weighted.cancel(made[len(made) // 2].id, None)
             held = [job for job in held if job.id != made[len(made) // 2].id]
     places = {job.id: weighted.queue_position(job) for job in made}
+    assert {job.id: weighted.look(job.id, job.tenant) for job in made} == {
+        job_id: (weighted.get(job_id, None), place) for job_id, place in places.items()
+    }
     waiting = sorted(
         (job_id for job_id in places if places[job_id] is not None), key=lambda job_id: places[job_id] or 0
     )

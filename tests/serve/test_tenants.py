@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -128,6 +129,36 @@ def test_a_removed_tenant_is_gone_with_its_grants(store: TenantStore) -> None:
     assert store.authenticate(key) is None
     assert store.take(ada) == 0.0  # a request that was let in before
     assert signed_in(store, store.add("ada")).grants == frozenset()
+
+
+def test_other_processes_hear_of_a_change_within_a_second(
+    store: TenantStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [50.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    other, key = TenantStore(database), store.add("ada")
+    assert signed_in(other, key).grants == frozenset()
+    store.grant("ada", "carla")
+    assert signed_in(store, key).grants == {"carla"}, "at once where it was made"
+    assert signed_in(other, key).grants == frozenset()
+    now[0] += 1.01
+    assert signed_in(other, key).grants == {"carla"}
+    store.remove("ada")
+    assert store.authenticate(key) is None
+    now[0] += 1.01
+    assert other.authenticate(key) is None
+
+
+def test_a_seconds_worth_is_paid_at_once_and_no_more_than_the_rate(
+    store: TenantStore, database: Database, clock: Clock
+) -> None:
+    ada = signed_in(store, store.add("ada", requests_per_minute=600))
+    other = TenantStore(database, clock)
+    assert [store.take(ada), other.take(ada)] == [0.0, 0.0]
+    with database.reading() as connection:
+        assert connection.execute(sa.select(tenants.c.tokens)).scalar_one() == 600 - 2 * 10
+    allowed = 2 + sum(each.take(ada) == 0.0 for _ in range(400) for each in (store, other))
+    assert allowed == 600
 
 
 def test_the_rate_is_a_bucket_that_fills_with_time(store: TenantStore, clock: Clock) -> None:
