@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +32,19 @@ class ClipPool:
     flow_valid: NDArray[np.bool_]
 
 
+PARALLEL_FROM = 30  # chunks; below that, starting processes takes longer than they save
+
+
+@contextmanager
+def renderers(several: bool = True) -> Iterator[ProcessPoolExecutor | None]:
+    """One process for each core, to render in; None when ``several`` is false."""
+    if not several:
+        yield None
+        return
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
 def clip_pool(clips: int, seed: int, *, with_flow: bool = False, chunk: int = 100) -> ClipPool:
     """Render ``clips`` clips of as many people, actions and places drawn evenly from ``seed``."""
     rng = np.random.default_rng(seed)
@@ -35,14 +53,15 @@ def clip_pool(clips: int, seed: int, *, with_flow: bool = False, chunk: int = 10
     places = rng.permutation(np.arange(clips) % len(PLACES))
     seeds = rng.integers(0, 2**31, clips)
     frames, pose, flow, valid = [], [], [], []
-    for start in range(0, clips, chunk):
-        part = slice(start, start + chunk)
-        rendered = render_clips(people[part], actions[part], places[part], seeds[part])
-        frames.append(rendered.frames)
-        pose.append(rendered.pose)
-        if with_flow:
-            flow.append(rendered.flow.astype(np.float16))
-            valid.append(rendered.flow_valid)
+    parts = [slice(start, start + chunk) for start in range(0, clips, chunk)]
+    with renderers(len(parts) > PARALLEL_FROM) as pool:
+        columns = ([values[part] for part in parts] for values in (people, actions, places, seeds))
+        for rendered in (pool.map if pool else map)(render_clips, *columns):
+            frames.append(rendered.frames)
+            pose.append(rendered.pose)
+            if with_flow:
+                flow.append(rendered.flow.astype(np.float16))
+                valid.append(rendered.flow_valid)
     nothing = np.zeros((0, 0, 0, 0, 2), dtype=np.float16), np.zeros((0, 0, 0, 0), dtype=np.bool_)
     flows, valids = (np.concatenate(flow), np.concatenate(valid)) if with_flow else nothing
     return ClipPool(np.concatenate(frames), actions, places, np.concatenate(pose), flows, valids)

@@ -14,18 +14,20 @@ from torch import Tensor, nn
 
 
 def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Roughly U V^T of ``matrix`` (M, N) = U S V^T, by the quintic Newton-Schulz iteration of the Muon reference.
+    """Roughly U V^T of ``matrix`` (..., M, N) = U S V^T, by the quintic Newton-Schulz iteration of the Muon reference.
 
-    In bfloat16, as in the reference: the iteration is rough by design, and this is several times as fast.
+    On GPUs in bfloat16, as in the reference: the iteration is rough by design. Many CPUs are slower in it.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = (x / (x.norm() + 1e-7)).bfloat16()
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x.bfloat16() if x.is_cuda else x
     for _ in range(iterations):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     x = x.to(matrix.dtype)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -46,33 +48,47 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient; ``closure`` is not supported."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    if group["weight_decay"]:
-                        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    (self._muon if group["orthogonal"] else self._adam)(parameter, parameter.grad, group)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            if group["weight_decay"]:
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            (self._muon if group["orthogonal"] else self._adam)(parameters, group)
 
-    def _muon(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        update = gradient.lerp(state["momentum"], group["momentum"]).flatten(1)
-        scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-        parameter.add_(orthogonalised(update).view_as(parameter), alpha=-group["lr"] * scale)
+    def _moments(self, parameters: list[Tensor], name: str) -> list[Tensor]:
+        for parameter in parameters:
+            if name not in self.state[parameter]:
+                self.state[parameter][name] = torch.zeros_like(parameter)
+        return [self.state[parameter][name] for parameter in parameters]
 
-    def _adam(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        momenta = self._moments(parameters, "momentum")
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        alike: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}  # one batched product for matrices of one shape
+        for parameter, update in zip(parameters, updates):
+            matrix = update.flatten(1)
+            alike.setdefault(tuple(matrix.shape), []).append((parameter, matrix))
+        for (rows, columns), pairs in alike.items():
+            scale = max(1.0, rows / columns) ** 0.5
+            made = orthogonalised(torch.stack([matrix for _, matrix in pairs])).unbind()
+            shaped = [update.view_as(parameter) for (parameter, _), update in zip(pairs, made)]
+            torch._foreach_add_([parameter for parameter, _ in pairs], shaped, alpha=-group["lr"] * scale)
+
+    def _adam(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         first, second = group["betas"]
-        state["step"] += 1
-        state["mean"].lerp_(gradient, 1 - first)
-        state["square"].lerp_(gradient.square(), 1 - second)
-        count = float(state["step"])
-        size = (state["square"] / (1 - second**count)).sqrt_().add_(1e-8)
-        parameter.addcdiv_(state["mean"], size, value=-group["lr"] / (1 - first**count))
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        means, squares = self._moments(parameters, "mean"), self._moments(parameters, "square")
+        for parameter in parameters:
+            self.state[parameter]["step"] = self.state[parameter].get("step", torch.zeros(())) + 1
+        torch._foreach_lerp_(means, gradients, 1 - first)
+        torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - second)
+        count = float(self.state[parameters[0]]["step"])  # all have had as many
+        sizes = torch._foreach_div(squares, 1 - second**count)
+        torch._foreach_sqrt_(sizes)
+        torch._foreach_add_(sizes, 1e-8)
+        torch._foreach_addcdiv_(parameters, means, sizes, value=-group["lr"] / (1 - first**count))
 
 
 def make_muon(model: nn.Module, *, lr: float, adam_lr: float, adam: Callable[[str], bool] = lambda _: False) -> Muon:

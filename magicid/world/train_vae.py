@@ -25,8 +25,10 @@ from magicid.world.training_loop import Ema, autocast, choose_device, train_loop
 
 STEPS = 3600
 LATENT_CHANNELS = 16
-PIECE_FRAMES, PIECE_BATCH = 5, 3
-WHOLE_BATCH = 2
+PIECE_FRAMES = 5
+PIECE_BATCH = {"cpu": 3, "cuda": 64}
+WHOLE_BATCH = {"cpu": 2, "cuda": 32}
+CLIPS = {"cpu": 1600, "cuda": 8000}
 WHOLE_FROM = 0.6  # part of the first phase after which it sees whole clips
 DECODER_PART = 1.0  # steps of the second phase, decoder alone, relative to the first
 LATENT_NOISE = 0.05
@@ -85,25 +87,33 @@ def photo_clips(people: int, photos: int, seed: int) -> NDArray[np.uint8]:
 
 
 @dataclass(frozen=True)
-class _Pieces:
-    """Runs of frames of clips, one in six of them from a photo, half of them mirrored."""
+class Pieces:
+    """Runs of frames of clips, one in six of them from a photo, half of them mirrored.
 
-    moving: NDArray[np.uint8]
-    still: NDArray[np.uint8]
+    moving and still: uint8 (N, F, H, W, 3), on the device that trains.
+    """
+
+    moving: Tensor
+    still: Tensor
 
     def draw(self, rng: np.random.Generator, batch: int, frames: int) -> Tensor:
-        pieces = []
-        for _ in range(batch):
-            source = self.still if rng.random() < 1 / 6 else self.moving
-            first = rng.integers(0, FRAMES - frames + 1)
-            piece = source[rng.integers(len(source)), first : first + frames]
-            pieces.append(piece[:, :, ::-1] if rng.random() < 0.5 else piece)
-        return to_video(np.stack(pieces))
+        """Float32 (batch, 3, frames, H, W) in -1..1."""
+        first = int(rng.integers(0, FRAMES - frames + 1))
+        stills = int(rng.binomial(batch, 1 / 6))
+        parts = []
+        for source, count in ((self.still, stills), (self.moving, batch - stills)):
+            rows = torch.from_numpy(rng.integers(0, len(source), count)).to(source.device)
+            parts.append(source[rows, first : first + frames])
+        video = torch.cat(parts).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
+        mirrored = torch.from_numpy(rng.random(batch) < 0.5).to(video.device)
+        return torch.where(mirrored.view(-1, 1, 1, 1, 1), video.flip(-1), video).contiguous()
 
 
-def training_pieces() -> _Pieces:
-    """The autoencoder's training data."""
-    return _Pieces(clip_pool(1600, seed=51).frames, photo_clips(150, 2, seed=52))
+def training_pieces(where: torch.device) -> Pieces:
+    """The autoencoder's training data, on ``where``."""
+    clips = CLIPS[where.type]
+    moving, still = clip_pool(clips, seed=51).frames, photo_clips(clips // 10, 2, seed=52)
+    return Pieces(torch.from_numpy(moving).to(where), torch.from_numpy(still).to(where))
 
 
 def reconstruction_loss(output: Tensor, video: Tensor, weight: Tensor | float = 1.0) -> Tensor:
@@ -169,14 +179,14 @@ def measure(vae: AutoencoderKLHunyuanVideo, clips: int = 48) -> dict[str, float]
     }
 
 
-def _train_whole(vae: AutoencoderKLHunyuanVideo, pieces: _Pieces, work: Path, steps: int, where: torch.device) -> None:
+def train_whole(vae: AutoencoderKLHunyuanVideo, pieces: Pieces, work: Path, steps: int, where: torch.device) -> None:
     """First phase: encoder and decoder together, on short runs of frames and then on whole clips."""
     ema = Ema(vae, 0.998)
 
     def step_function(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         whole = step >= WHOLE_FROM * steps
-        shape = (WHOLE_BATCH, FRAMES) if whole else (PIECE_BATCH, PIECE_FRAMES)
-        video = pieces.draw(rng, *shape).to(where)
+        shape = (WHOLE_BATCH[where.type], FRAMES) if whole else (PIECE_BATCH[where.type], PIECE_FRAMES)
+        video = pieces.draw(rng, *shape)
         with autocast(where):
             posterior = vae.encode(video).latent_dist
             output = vae.decode(posterior.sample()).sample.float()
@@ -190,7 +200,7 @@ def _train_whole(vae: AutoencoderKLHunyuanVideo, pieces: _Pieces, work: Path, st
     ema.copy_to(vae)
 
 
-def train_decoder(vae: AutoencoderKLHunyuanVideo, pieces: _Pieces, work: Path, steps: int, where: torch.device) -> None:
+def train_decoder(vae: AutoencoderKLHunyuanVideo, pieces: Pieces, work: Path, steps: int, where: torch.device) -> None:
     """Second phase: the decoder alone, on whole clips with slightly noisy latents; the latents stay what they are.
 
     So it can be repeated for as long as anybody likes, without a word to the transformer.
@@ -199,7 +209,7 @@ def train_decoder(vae: AutoencoderKLHunyuanVideo, pieces: _Pieces, work: Path, s
     ema = Ema(decoder, 0.998)
 
     def step_function(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        video = pieces.draw(rng, WHOLE_BATCH, FRAMES).to(where)
+        video = pieces.draw(rng, WHOLE_BATCH[where.type], FRAMES)
         with autocast(where):
             with torch.no_grad():
                 latents = vae.encode(video).latent_dist.mean
@@ -228,10 +238,10 @@ def train(out: Path, work: Path, device: str = "auto", steps: int | None = None)
     where = choose_device(device)
     torch.manual_seed(0)
     vae = make_vae().to(where)
-    pieces = training_pieces()
-    _train_whole(vae, pieces, work, steps, where)
+    pieces = training_pieces(where)
+    train_whole(vae, pieces, work, steps, where)
     vae.eval()
-    normalise_latents(vae, pieces.moving[:256])
+    normalise_latents(vae, pieces.moving[:256].cpu().numpy())
     train_decoder(vae, pieces, work, round(DECODER_PART * steps), where)
     with written_whole(out) as temporary:
         vae.half().save_pretrained(temporary)
@@ -254,7 +264,7 @@ def refine(folder: Path, work: Path, device: str = "auto", steps: int = STEPS) -
     """
     where = choose_device(device)
     vae = AutoencoderKLHunyuanVideo.from_pretrained(folder).to(where).eval()
-    train_decoder(vae, training_pieces(), work, steps, where)
+    train_decoder(vae, training_pieces(where), work, steps, where)
     with written_whole(folder) as temporary:
         vae.half().save_pretrained(temporary)
         forget_origin(temporary)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from magicid.world import language, train_vae
+from magicid.world.clip_pool import renderers
 from magicid.world.muon import make_muon
 from magicid.world.renderer import FRAMES, SIZE, render_clips, sample_people
 from magicid.world.text_encoders import (
@@ -48,11 +49,13 @@ from magicid.world.training_loop import (
 
 STEPS = 5400
 DISTILL_STEPS = 500
-BATCH, DISTILL_BATCH = 24, 24
-CHUNKS, CHUNK_CLIPS = 12, 500
+BATCH = {"cpu": 24, "cuda": 512}
+CHUNKS = {"cpu": 12, "cuda": 120}
+CHUNK_CLIPS = 500
+ENCODE_BATCH = {"cpu": 4, "cuda": 125}
 STILL_PART, EMPTY_PART = 0.06, 0.1
 GUIDANCE_MAX = 6.0
-SAMPLING = {"num_inference_steps": 12, "guidance_scale": 5.0, "true_cfg_scale": 1.0}
+SAMPLING = {"num_inference_steps": 12, "guidance_scale": 2.5, "true_cfg_scale": 1.0}
 SHIFT = 3.0
 
 
@@ -95,8 +98,11 @@ def warmup_then_decay(step: int, steps: int, warmup: int = 100, decay_from: floa
 
 
 @contextmanager
-def plain_attention() -> Iterator[None]:
-    """Attention as three matrix products: on CPUs its backward pass in bfloat16 is 3 times as fast as the fused one."""
+def quick_attention(device: torch.device) -> Iterator[None]:
+    """On CPUs, attention as three matrix products: in bfloat16 its backward pass is 3 times as fast as the fused."""
+    if device.type != "cpu":
+        yield
+        return
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
         scores = torch.matmul(query, key.transpose(-1, -2)) * query.shape[-1] ** -0.5
@@ -117,31 +123,25 @@ class LatentPool:
     places: NDArray[np.int64]
 
 
+RenderedChunk = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]
+
+
 def _chunk_file(work: Path, index: int) -> Path:
     return work / "latents" / f"{index:03d}.safetensors"
 
 
 @torch.no_grad()
-def encode_chunk(work: Path, vae: AutoencoderKLHunyuanVideo, index: int, batch: int = 4) -> Path:
-    """Render and encode chunk ``index`` of the pool, unless its file is there already."""
+def encode_chunk(work: Path, vae: AutoencoderKLHunyuanVideo, index: int, rendered: RenderedChunk) -> Path:
+    """Encode chunk ``index`` of the pool into its file."""
     target = _chunk_file(work, index)
-    if target.exists():
-        return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    seed = 100_000 + index
-    rng = np.random.default_rng(seed)
-    people = sample_people(CHUNK_CLIPS, seed)
-    actions = rng.permutation(np.arange(CHUNK_CLIPS) % len(language.ACTIONS))
-    actions[rng.random(CHUNK_CLIPS) < STILL_PART] = language.STILL
-    places = rng.permutation(np.arange(CHUNK_CLIPS) % len(language.PLACES))
-    seeds = rng.integers(0, 2**31, CHUNK_CLIPS)
-    parameter = next(vae.parameters())
+    frames, actions, places = rendered
+    where = next(vae.parameters()).device
     latents = []
-    for start in range(0, CHUNK_CLIPS, batch):
-        part = slice(start, start + batch)
-        frames = render_clips(people[part], actions[part], places[part], seeds[part]).frames
-        with autocast(parameter.device):
-            mean = vae.encode(train_vae.to_video(frames).to(parameter.device)).latent_dist.mean
+    for start in range(0, CHUNK_CLIPS, ENCODE_BATCH[where.type]):
+        part = frames[start : start + ENCODE_BATCH[where.type]]
+        with autocast(where):
+            mean = vae.encode(train_vae.to_video(part).to(where)).latent_dist.mean
         latents.append((mean.float() * vae.config.scaling_factor).half().cpu())
     tensors = {"latents": torch.cat(latents), "actions": torch.from_numpy(actions), "places": torch.from_numpy(places)}
     temporary = target.with_suffix(".tmp")
@@ -150,11 +150,29 @@ def encode_chunk(work: Path, vae: AutoencoderKLHunyuanVideo, index: int, batch: 
     return target
 
 
+def render_chunk(index: int) -> RenderedChunk:
+    """Frames (N, F, H, W, 3), actions and places (N,) of chunk ``index``; a few people do nothing."""
+    seed = 100_000 + index
+    rng = np.random.default_rng(seed)
+    people = sample_people(CHUNK_CLIPS, seed)
+    actions = rng.permutation(np.arange(CHUNK_CLIPS) % len(language.ACTIONS))
+    actions[rng.random(CHUNK_CLIPS) < STILL_PART] = language.STILL
+    places = rng.permutation(np.arange(CHUNK_CLIPS) % len(language.PLACES))
+    seeds = rng.integers(0, 2**31, CHUNK_CLIPS)
+    return render_clips(people, actions, places, seeds).frames, actions, places
+
+
 def latent_pool(work: Path, vae: AutoencoderKLHunyuanVideo) -> LatentPool:
-    """All chunks of encoded clips; those that are missing in ``work`` are made."""
-    parts = [load_file(str(encode_chunk(work, vae, index))) for index in range(CHUNKS)]
+    """All chunks of encoded clips, on the device of ``vae``; those that are missing in ``work`` are made."""
+    where = next(vae.parameters()).device
+    files = [_chunk_file(work, index) for index in range(CHUNKS[where.type])]
+    missing = [index for index, file in enumerate(files) if not file.exists()]
+    with renderers(bool(missing)) as pool:
+        for index, rendered in zip(missing, pool.map(render_chunk, missing) if pool else ()):
+            encode_chunk(work, vae, index, rendered)
+    parts = [load_file(str(file)) for file in files]
     joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    return LatentPool(joined["latents"], joined["actions"].numpy(), joined["places"].numpy())
+    return LatentPool(joined["latents"].to(where), joined["actions"].numpy(), joined["places"].numpy())
 
 
 class CaptionTable:
@@ -212,8 +230,8 @@ class VideoTraining:
     def _batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Noisy latents, their noise levels, the true velocity and the caption rows of ``size`` clips."""
         rows = rng.integers(0, len(self.pool.latents), size)
-        clean = self.pool.latents[torch.from_numpy(rows)].float().to(self.device)
-        noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32)).to(self.device)
+        clean = self.pool.latents[torch.from_numpy(rows).to(self.device)].float()
+        noise = torch.randn_like(clean)
         sigma = draw_sigmas(rng, size).to(self.device)
         level = sigma.view(-1, 1, 1, 1, 1)
         text = self.captions.draw(rng, self.pool.actions[rows], self.pool.places[rows])
@@ -221,9 +239,10 @@ class VideoTraining:
 
     def matching_step(self, transformer: HunyuanVideoTransformer3DModel, rng: np.random.Generator) -> dict[str, Tensor]:
         """Flow matching at guidance 1; some prompts are empty."""
-        x, sigma, target, text = self._batch(rng, BATCH)
-        text[torch.from_numpy(rng.random(BATCH) < EMPTY_PART)] = 0
-        with autocast(self.device), plain_attention():
+        size = BATCH[self.device.type]
+        x, sigma, target, text = self._batch(rng, size)
+        text[torch.from_numpy(rng.random(size) < EMPTY_PART)] = 0
+        with autocast(self.device), quick_attention(self.device):
             output = velocity(transformer, x, sigma, self.captions.embeddings[text], torch.ones_like(sigma))
         return {"loss": F.mse_loss(output, target)}
 
@@ -234,15 +253,16 @@ class VideoTraining:
         rng: np.random.Generator,
     ) -> dict[str, Tensor]:
         """Match the teacher's classifier-free guidance at scales 1..GUIDANCE_MAX; a sixth of the batch stays at 1."""
-        x, sigma, _, text = self._batch(rng, DISTILL_BATCH)
-        scale = rng.uniform(1, GUIDANCE_MAX, DISTILL_BATCH)
-        scale[rng.random(DISTILL_BATCH) < 1 / 6] = 1
+        size = BATCH[self.device.type]
+        x, sigma, _, text = self._batch(rng, size)
+        scale = rng.uniform(1, GUIDANCE_MAX, size)
+        scale[rng.random(size) < 1 / 6] = 1
         guidance = torch.from_numpy(scale.astype(np.float32)).to(self.device)
         both = torch.cat([text, torch.zeros_like(text)])
         embeddings = self.captions.embeddings
-        with autocast(self.device), plain_attention():
+        with autocast(self.device), quick_attention(self.device):
             with torch.no_grad():
-                ones = torch.ones(2 * DISTILL_BATCH, device=self.device)
+                ones = torch.ones(2 * size, device=self.device)
                 asked, empty = velocity(
                     teacher, torch.cat([x, x]), torch.cat([sigma, sigma]), embeddings[both], ones
                 ).chunk(2)
