@@ -48,7 +48,7 @@ class Served:
                 [sys.executable, "-m", "serve.local", "--port", str(port), *settings],
                 cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        self.wait(lambda: "Ctrl-C ends it" in self.log.read_text()[said:], 180)
+        self.wait(lambda: "Ctrl-C ends it" in self.log.read_text()[said:], 600)
 
     def wait(self, condition: Callable[[], Any], timeout_s: float = 120) -> Any:
         """Poll until the condition holds, and return what it gave."""
