@@ -136,7 +136,7 @@ def test_a_damaged_adapter_fails_alone(served: Served, run: Path) -> None:
 
 
 def test_kills_of_replica_proxy_and_everything_lose_nothing(served: Served, published: dict[str, AdapterRef]) -> None:
-    asked = {served.post(NAMES[n % 4], 200 + n, num_inference_steps=60)["id"]: n for n in range(6)}
+    asked = {served.post(NAMES[n % 4], 200 + n, num_inference_steps=40)["id"]: n for n in range(4)}
     served.wait(lambda: any((served.get(video_id) or {}).get("progress", 0) > 0 for video_id in asked))
     assert served.kill("ServeReplica:magicid:Engine") >= 1
     served.wait(lambda: all(served.get(video_id) for video_id in asked))
@@ -149,5 +149,5 @@ def test_kills_of_replica_proxy_and_everything_lose_nothing(served: Served, publ
         assert served.finished(video_id)["status"] == "completed"
         ref = published[NAMES[number % 4]]
         if number % 4 != 2:  # that one has a newer version by now
-            shown = people.expected(ref, prompt(200 + number), 200 + number, 60)
+            shown = people.expected(ref, prompt(200 + number), 200 + number, 40)
             assert difference(served.frames(video_id), shown) < SAME
