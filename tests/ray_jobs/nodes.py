@@ -82,10 +82,14 @@ class Node:
 
 
 class Cluster:
-    """A head and workers. `environment` is what a driver needs to join."""
+    """A head and workers. `environment` is what a driver needs to join.
 
-    def __init__(self, folder: Path, workers: int = 2) -> None:
-        self.folder, self._workers = folder, workers
+    Args:
+        more: environment of every process besides, such as the credentials of a store.
+    """
+
+    def __init__(self, folder: Path, more: dict[str, str], workers: int = 2) -> None:
+        self.folder, self._more, self._workers = folder, more, workers
         self._starts = 0
         self.head: Node | None = None
         self.workers: list[Node] = []
@@ -99,7 +103,7 @@ class Cluster:
             self._temporary = tempfile.mkdtemp(prefix="mc-")  # short: sockets lie in it
             port, client = free_ports(2)
             token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
-            self.environment = {**os.environ, **QUICK, **token, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+            self.environment = {**os.environ, **self._more, **QUICK, **token, "RAY_ADDRESS": f"127.0.0.1:{port}"}
             options = [
                 "--head",
                 f"--port={port}",
