@@ -13,17 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import fsspec
-import safetensors.torch
 from pydantic import Field, TypeAdapter, ValidationError
-from torch import Tensor
 
 import magicid
 from magicid import storage
 from magicid.errors import AdapterError, StorageError
 from magicid.storage import join, public_name, read_bytes, sha256_bytes, write_bytes, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # what `load_lora_weights` looks for in a folder
 MANIFEST_NAME = "manifest.json"
@@ -120,6 +121,8 @@ def publish(
 def to_bytes(published: dict[str, Tensor], rank: int, alpha: float) -> bytes:
     """LoRA tensors under published names as a safetensors file, with the metadata from which diffusers takes rank and
     alpha. The same tensors always give the same bytes (one metadata key: several are written in random order)."""
+    import safetensors.torch  # where adapters are listed and published, nobody needs torch
+
     modules = sorted(
         {name.removeprefix(f"{_PREFIX}.").rsplit(".lora_", 1)[0] for name in published if ".lora_A." in name}
     )
@@ -159,6 +162,8 @@ def verify(location: str, base_sha256: str | None = None) -> dict[str, Any]:
 
 def load(weights: str) -> dict[str, Tensor]:
     """The tensors of a weights file, by published name. Raises AdapterError (missing, not safetensors, no LoRA)."""
+    import safetensors.torch
+
     try:
         tensors = safetensors.torch.load(read_bytes(weights))
     except (StorageError, safetensors.SafetensorError) as error:

@@ -5,12 +5,13 @@ prompts.parquet
 identities/<id>/                            identity.parquet (one row) photo-N.png
 clips/<c2>/<clip_id>.mp4 .safetensors       content-addressed clips and their latents
 text/<hash>.safetensors                     text embeddings, one file per prompt
-scored/<id>/part-*.parquet                  clips with their rewards; <id> is _shared-<class word> for V_s
+scored/<id>/part-*.parquet                  clips with their rewards; <id> is _shared for V_s
 rewards/<id>.parquet                        what selection saw: raw rewards, 1..10, fronts
 training/<id>/<stage>/                      checkpoints, log.parquet, lora.safetensors
 pairs/<id>.parquet  pairs/<id>.rejected.parquet
 adapters/<id>/<version>/                    published adapters
 evaluation/<id>/part-*.parquet              metric rows
+made/part-*.parquet                         held-out clips of the base model, measured against each identity
 rejected.parquet  report.html
 ledger/                                     how every identity stands: snapshot-*.parquet, events-*.jsonl
 driver/                                     who drives the run: lease and heartbeat, by fence
@@ -20,14 +21,15 @@ attempts/<start>/  ray_train/               while the job runs: tries of each cl
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, TypeVar
 
 from magicid import __version__, schema, storage
 from magicid.errors import StorageError
 from magicid.recipe import Recipe
-from magicid.schema import Identity
+from magicid.schema import Clip, Identity
 
 T = TypeVar("T")
 
@@ -95,15 +97,29 @@ class Run:
         if rows:
             self.write(f"{folder}/part-{uuid.uuid4().hex}.parquet", rows, cls)
 
-    def read_parts(self, folder: str, cls: type[T]) -> list[T]:
-        """All rows of a growing table; [] when it has not begun. Order is not kept."""
+    def read_parts(self, folder: str, cls: type[T], without: Collection[str] = ()) -> list[T]:
+        """All rows of a growing table; [] when it has not begun. Order is not kept.
+
+        Args:
+            without: large columns that are not read; they have their defaults.
+        """
         files = storage.list_files(self.path(folder), ".parquet")
-        return [schema.from_row(cls, row) for file in files for row in storage.read_table(file)]
+        columns = [field.name for field in dataclasses.fields(cls) if field.name not in without]  # type: ignore[arg-type]
+        return [schema.from_row(cls, row) for file in files for row in storage.read_table(file, columns)]
 
 
 def identity_uri(identity_id: str) -> str:
     """Where a checked identity lies, one row, relative to the run."""
     return f"identities/{identity_id}/identity.parquet"
+
+
+def rows_folder(clip: Clip) -> str:
+    """Where the row of a clip is kept, in parts, relative to the run."""
+    if clip.kind == schema.BASE_CLIP:
+        return "scored/_shared"
+    if clip.kind in (schema.EVALUATION_CLIP, schema.VALIDATION_CLIP):
+        return f"evaluation/{clip.identity_id}" if clip.identity_id else "made"
+    return f"scored/{clip.identity_id}"
 
 
 def clip_uri(clip_id: str, suffix: str) -> str:

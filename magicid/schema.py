@@ -104,6 +104,21 @@ class ScoredClip(Clip):
     seconds: dict[str, float] = field(default_factory=dict)  # stage -> s that it worked on this clip, the last time
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What the driver learns of a clip that left the pools; its row, with all else, lies in the run by then."""
+
+    clip_id: str
+    kind: str
+    identity_id: str | None
+    latents_uri: str | None = None
+    text_uri: str | None = None
+    attempts: int = 0
+    error: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)  # stage -> s that it worked on this clip
+    again: str | None = None  # why the next start tries it again: it was not made, or a reward failed
+
+
 @dataclass(frozen=True)
 class RewardRow:
     """What selection saw of one clip for one identity: raw rewards, the same on 1..10 for show, and the fronts."""

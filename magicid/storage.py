@@ -383,16 +383,16 @@ def write_table(location: str | Path, rows: Iterable[dict[str, Any]], schema: pa
     return write_bytes(location, buffer.getvalue())
 
 
-def read_table(location: str | Path) -> list[dict[str, Any]]:
-    """Read one Parquet file as rows. Raises StorageError when it is missing or truncated."""
-    return list(iter_table(location))
+def read_table(location: str | Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    """Read one Parquet file as rows, or some columns of it. Raises StorageError when it is missing or truncated."""
+    return list(iter_table(location, columns))
 
 
-def iter_table(location: str | Path) -> Iterator[dict[str, Any]]:
+def iter_table(location: str | Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of `read_table` one by one, for large tables that become something smaller."""
     data = read_bytes(location)
     try:
-        for part in pq.ParquetFile(io.BytesIO(data)).iter_batches(_ROWS_AT_ONCE):
+        for part in pq.ParquetFile(io.BytesIO(data)).iter_batches(_ROWS_AT_ONCE, columns=columns):
             yield from part.to_pylist()
     except pa.ArrowException as error:
         raise StorageError(

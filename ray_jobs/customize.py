@@ -25,32 +25,20 @@ from rich.text import Text
 from magicid import ledger, prompts, recipe, repository, storage
 from magicid.attempts import Attempts
 from magicid.backbones import base_sha256
-from magicid.errors import MagicIDError, SelectionError
+from magicid.errors import MagicIDError
 from magicid.lease import Lease
 from magicid.manifests import ManifestRow
 from magicid.recipe import Recipe
 from magicid.repository import AdapterRef
-from magicid.rewards.rows import reward_rows
 from magicid.run import Run, training_uri
-from magicid.schema import (
-    STATIC_CLIP,
-    Identity,
-    MetricRow,
-    Pair,
-    Prompt,
-    Rejected,
-    RewardRow,
-    ScoredClip,
-    to_rows,
-)
-from magicid.selection import select_pairs, with_identity_reward
+from magicid.schema import STATIC_CLIP, Identity, Made, Prompt, ScoredClip
 from magicid.training import loggers
 from magicid.weights import model_folders, resolve
-from ray_jobs import pools
+from ray_jobs import pools, services, tasks
 from ray_jobs.fleet import Fleet
 from ray_jobs.job import cause, connect, run_location, submission
 from ray_jobs.progress import Display
-from ray_jobs.publishing import publish_one, published, summarise, write_report
+from ray_jobs.publishing import published, summarise, write_report
 
 
 async def customize_person(fleet: Fleet, row: ManifestRow) -> str:
@@ -70,65 +58,47 @@ async def customize_person(fleet: Fleet, row: ManifestRow) -> str:
 
     base = await base_clips(fleet, person.class_word)  # V_s, shared by all of one class word
     still = repository.static_clips(settings, fleet.base_sha256, person)  # V_id
-    photos = await fleet.score(row, "photo clips", f"scored/{row.id}", still)
+    photos = await fleet.score(row, "photo clips", still)
     sft = await fleet.train(row, person, "sft", settings.sft.steps, photo_examples(photos, person))
 
     wanted = repository.trained_clips(fleet.recipe, fleet.base_sha256, training(fleet), person, sft)  # V_t
-    trained = await fleet.score(row, "trained clips", f"scored/{row.id}", wanted)
+    trained = await fleet.score(row, "trained clips", wanted)
     fleet.progress(row.id, "pairs", 0, 1)
-    pairs = await asyncio.to_thread(choose_pairs, fleet.run, settings, person, [*base, *photos, *trained])
-    counts = {kind: sum(pair.kind == kind for pair in pairs) for kind in ("P_id", "P_dy")}
-    fleet.display.say(f"pairs of {row.id}: {counts['P_id']} P_id, {counts['P_dy']} P_dy")
-    hpo = await fleet.train(row, person, "hpo", settings.hpo.steps, to_rows(pairs))
+    names = [clip.clip_id for clip in (*base, *photos, *trained)]
+    pairs = await fleet.tasks.run(tasks.choose_pairs, fleet.run.location, settings, row.id, names)
+    fleet.display.say(f"pairs of {row.id}: {pairs.counts['P_id']} P_id, {pairs.counts['P_dy']} P_dy")
+    hpo = await fleet.train(row, person, "hpo", settings.hpo.steps)
 
     measured = await evaluate(fleet, row, person, pairs, sft, hpo)
     fleet.lease.check()
     fleet.progress(row.id, "publish", 0, 1)
-    return await asyncio.to_thread(publish_one, fleet, person, pairs, sft, hpo, measured)
+    return await fleet.tasks.run(
+        tasks.publish, fleet.run.location, settings, fleet.base_sha256, row.id, sft, hpo, measured
+    )
 
 
-async def base_clips(fleet: Fleet, class_word: str) -> list[ScoredClip]:
+async def base_clips(fleet: Fleet, class_word: str) -> list[Made]:
     """V_s with its motion and prompt rewards: made once per class word, for all identities."""
     wanted = repository.base_clips(fleet.recipe, fleet.base_sha256, training(fleet), class_word)
     return await fleet.once(
         ("base clips", class_word),
-        lambda: fleet.score(None, f"base clips ({class_word})", "scored/_shared", wanted),
+        lambda: fleet.score(None, f"base clips ({class_word})", wanted),
     )
 
 
-def photo_examples(clips: Sequence[ScoredClip], person: Identity) -> list[dict[str, Any]]:
+def photo_examples(clips: Sequence[Made | ScoredClip], person: Identity) -> list[dict[str, Any]]:
     """What SFT trains on: the identity's own photo clips, in a fixed order."""
     own = [clip for clip in clips if clip.kind == STATIC_CLIP and clip.identity_id == person.identity_id]
     columns = ("clip_id", "latents_uri", "text_uri")
     return [{name: getattr(clip, name) for name in columns} for clip in sorted(own, key=lambda clip: clip.clip_id)]
 
 
-def choose_pairs(run: Run, settings: Recipe, person: Identity, clips: Sequence[ScoredClip]) -> list[Pair]:
-    """P_id and P_dy of one identity, with the reasons for what was dropped.
-
-    Raises:
-        SelectionError: no pair could be made.
-    """
-    name = f"pairs/{person.identity_id}.parquet"
-    pairs = run.read(name, Pair) if run.has(name) else []
-    if not pairs:
-        scored = with_identity_reward(clips, person.references)
-        selected = select_pairs(person.identity_id, scored, settings.selection)
-        run.write(f"rewards/{person.identity_id}.parquet", reward_rows(scored, selected, settings.rewards), RewardRow)
-        run.write(f"pairs/{person.identity_id}.rejected.parquet", selected.dropped, Rejected)
-        run.write(name, selected.pairs, Pair)
-        pairs = selected.pairs
-    if not pairs:
-        raise SelectionError("no preference pair could be made", f"see pairs/{person.identity_id}.rejected.parquet")
-    return pairs
-
-
 async def evaluate(
-    fleet: Fleet, row: ManifestRow, person: Identity, pairs: list[Pair], sft: AdapterRef, hpo: AdapterRef
-) -> list[MetricRow]:
+    fleet: Fleet, row: ManifestRow, person: Identity, pairs: tasks.Chosen, sft: AdapterRef, hpo: AdapterRef
+) -> list[str]:
     """The table: base, SFT only and HPO on held-out prompts, the same seeds, measured by networks of their own.
 
-    Where it fails, the reason is set aside and what was trained is not lost.
+    Where it fails, the reason is set aside and what was trained is not lost. Returns the ids of the measured clips.
     """
     settings, heldout = fleet.recipe, [p for p in fleet.prompts if p.split == "heldout"]
     if not (settings.evaluation.clips and settings.evaluation.identity and heldout):
@@ -140,23 +110,23 @@ async def evaluate(
     try:
         await fleet.once(  # made once; then each identity is measured against them
             ("base evaluation", person.class_word),
-            lambda: fleet.score(None, f"held-out base ({person.class_word})", "made", clips("base", None, None)),
+            lambda: fleet.score(None, f"held-out base ({person.class_word})", clips("base", None, None)),
         )
         wanted = clips("base", person, None) + clips("sft", person, sft) + clips("hpo", person, hpo)
-        wanted += await asyncio.to_thread(validation_clips, fleet.run, person, pairs)
-        rows = await fleet.measure(row, wanted)
+        sampled = await asyncio.to_thread(validation_clips, fleet.run, person, pairs.prompt)
+        await fleet.measure(row, wanted + sampled)
     except MagicIDError as error:
         fleet.set_aside("evaluation", row.id, error)
         return []
-    return [measured for measured in rows if measured.method != "validation"]
+    return [clip.clip_id for clip in wanted]
 
 
-def validation_clips(run: Run, person: Identity, pairs: list[Pair]) -> list[Any]:
+def validation_clips(run: Run, person: Identity, prompt: str) -> list[Any]:
     """The samples that the trainer left as latents while it trained this identity."""
     folder = run.path(training_uri(person.identity_id, "hpo", "validation"))
     names = [file.rsplit("/", 1)[-1] for file in storage.list_files(folder, ".safetensors")]
     found = [training_uri(person.identity_id, "hpo", f"validation/{name}") for name in names]
-    return repository.validation_clips(person, found, pairs[0].prompt)
+    return repository.validation_clips(person, found, prompt)
 
 
 def training(fleet: Fleet) -> list[Prompt]:
@@ -194,7 +164,7 @@ async def _drive(settings: Recipe, run: Run, manifest: str, display: Display, le
         if not run.has("prompts.parquet"):
             run.write("prompts.parquet", prompts.load_prompts(settings.prompts), Prompt)
         fleet.prompts = run.read("prompts.parquet", Prompt)
-        fleet.connect()
+        fleet.connect(services.on_ray(settings, run, fleet.name))
         await fleet.drive(manifest)
     finally:
         fleet.ledger.close()

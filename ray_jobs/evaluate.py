@@ -61,6 +61,7 @@ def evaluate(settings: Recipe, clips: str, identities: str, name: str, out: str)
         batch_size=commands.PART,
         batch_format="pyarrow",
     )
+    batch: pa.Table
     for batch in measured.iter_batches(batch_size=None, batch_format="pyarrow"):
         commands.save(out, [schema.from_row(MetricRow, row) for row in batch.to_pylist()])
     return len(waiting)

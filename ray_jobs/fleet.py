@@ -8,13 +8,12 @@ while the next is generated and a third is scored. Who may begin, and whose work
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-import ray
+import ray.exceptions
 
 from magicid import adapters, commands, erasure, ledger, manifests, storage
 from magicid.errors import MagicIDError, TrainingError
@@ -24,20 +23,21 @@ from magicid.manifests import ManifestRow
 from magicid.recipe import Recipe
 from magicid.repository import AdapterRef
 from magicid.run import Run, training_uri
-from magicid.schema import Clip, Identity, MetricRow, Prompt, Rejected, ScoredClip
-from ray_jobs import pools, work
-from ray_jobs.intake import Intake
+from magicid.schema import Clip, Identity, Made, Prompt, Rejected, ScoredClip
+from ray_jobs import tasks
 from ray_jobs.job import cause
-from ray_jobs.metrics import ADMISSION, FleetMetrics
-from ray_jobs.pipeline import Pipeline, failure
+from ray_jobs.keeping import failure
+from ray_jobs.metrics import ADMISSION
 from ray_jobs.progress import Display
 from ray_jobs.queue import Ended, FairQueue, Task, due_time
-from ray_jobs.slots import Slots
+from ray_jobs.services import Services
 from ray_jobs.tracing import Traces, provider
 from ray_jobs.work import CLIPS, TRAINING, View
 
 T = TypeVar("T")
-WATCH_S = 0.5  # how often queues, slots and pools are looked at
+WATCH_S, WATCH_S_AT_MOST = 0.5, 10.0  # how often queues, slots and pools are looked at, if nothing ends before
+WATCHED_EACH_S = 200  # so many identities are worth a second between two looks: each costs the same, however many
+NOTED = 0.01  # progress of a stage is noted in such parts
 SHARED = "shared"  # owner of the clips that everybody waits for
 SHOWN_EACH = 8  # up to so many identities have progress bars of their own
 
@@ -47,6 +47,7 @@ class Fleet:
 
     Args:
         customize: one identity from its manifest row to its adapter; returns the published version.
+        book: the run's ledger, where it is not the usual one.
     """
 
     def __init__(
@@ -57,11 +58,12 @@ class Fleet:
         display: Display,
         lease: Lease,
         customize: Callable[[Fleet, ManifestRow], Awaitable[str]],
+        book: Ledger | None = None,
     ) -> None:
         self.recipe, self.run, self.base_sha256, self.display, self.lease = recipe, run, base_sha256, display, lease
         self.name = uuid.uuid4().hex[:12]
         self.prompts: list[Prompt] = []
-        self.ledger = Ledger(run, lease.fence, may_write=lease.check)
+        self.ledger = book or Ledger(run, lease.fence, may_write=lease.check)
         self.rejected: list[Rejected] = []
         self._customize = customize
         self._rows: dict[str, ManifestRow] = {}
@@ -71,18 +73,17 @@ class Fleet:
         self._admission = FairQueue(weights=recipe.fleet.weights, max_held=_window(recipe))
         self._looked, self._fingerprint = 0.0, ""
         self._idle_since: dict[str, float] = {}
+        self._sent_home: dict[str, bool] = {}
         self._told: MagicIDError | None = None
         self._erased: set[str] = set()
 
-    def connect(self) -> None:
-        """Start what the coroutines share; needs a Ray cluster and a running event loop."""
-        name, self.work = work.start(self.recipe)
-        self.metrics = FleetMetrics(self.recipe)
+    def connect(self, services: Services) -> None:
+        """Take what the coroutines share."""
+        self.work, self.pipeline, self.slots = services.work, services.pipeline, services.slots
+        self.intake, self.tasks, self.metrics = services.intake, services.tasks, services.metrics
+        self._together, self._clock = services.together, services.clock
         self.traces = Traces(self.run.location, provider())
-        self.pipeline = Pipeline(self.recipe, self.run, self.name, (name, self.work), self._spent)
-        self.slots = Slots(self.recipe, self.run, (name, self.work))
-        self.intake = Intake(self.recipe, self.run, self.name)
-        self._together = pools.together(self.recipe, ray.cluster_resources())
+        self.pipeline.spent = self._spent
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
@@ -100,9 +101,8 @@ class Fleet:
                 self.lease.check()
                 self._admit()
                 await self._watch()
-                if time.monotonic() - self._looked > self.recipe.fleet.manifest_s:
+                if _now() - self._looked > self.recipe.fleet.manifest_s:
                     await self._look_for_people(manifest)
-                await asyncio.sleep(WATCH_S)
         finally:
             for way in self._ways.values():
                 way.cancel()
@@ -113,7 +113,7 @@ class Fleet:
 
     async def _look_for_people(self, manifest: str, first: bool = False) -> None:
         """Take up new rows of the manifest, and what people asked for."""
-        self._looked = time.monotonic()
+        self._looked = _now()
         self._let_go(await asyncio.to_thread(erasure.erased, self.run.location))
         try:
             fingerprint = await asyncio.to_thread(manifests.fingerprint, manifest)
@@ -148,17 +148,19 @@ class Fleet:
             changed = f"{row.id} is another row now than when its adapter was made"
             self.set_aside("identity", row.id, MagicIDError(changed, "give the changed row a new id"))
             return
-        arrived = known.arrived if known else time.time()
+        changes: dict[str, Any] = {}
+        if not known or known.state not in (ledger.CANCELLED, ledger.DONE):
+            changes = {"state": ledger.WAITING, "problem": None, "action": None, "ended": None, "failed_clips": 0}
         self.ledger.update(
-            row.id, owner=row.owner, arrived=arrived, priority=row.priority, deadline=row.deadline, row_sha256=content
-        )
-        if known and known.state == ledger.CANCELLED:
-            return
-        if not known or known.state != ledger.DONE:
-            self.ledger.update(
-                row.id, state=ledger.WAITING, problem=None, action=None, ended=None, failed_clips=0
-            )  # fmt: skip
-        self._admission.put(Task(row.id, row.owner, 1.0, self.due(row)))
+            row.id, owner=row.owner, arrived=known.arrived if known else self._arrival(), priority=row.priority,
+            deadline=row.deadline, row_sha256=content, **changes,
+        )  # fmt: skip
+        if not known or known.state != ledger.CANCELLED:
+            self._admission.put(Task(row.id, row.owner, 1.0, self.due(row)))
+
+    def _arrival(self) -> float:
+        """Now; rows that come together keep their order, so that who began first is finished first."""
+        return self._clock() + len(self._rows) * 1e-6
 
     def _let_go(self, erased: set[str]) -> None:
         """Forget people who were deleted; what is under way for them stops."""
@@ -228,11 +230,15 @@ class Fleet:
         self.set_aside("identity", identity_id, error)
 
     def _end(self, identity_id: str, **changes: Any) -> None:
-        self.ledger.update(identity_id, ended=time.time(), **changes)
+        self.ledger.update(identity_id, ended=self._clock(), **changes)
 
     async def _watch(self) -> None:
-        """Look at both queues: who ended, how far the others are, and whether machines can be given back."""
-        view: View = await _gotten(self.work.view.remote())
+        """Look at both queues: who ended, how far the others are, and whether machines can be given back.
+
+        Waits until somebody ends, but not long.
+        """
+        wait_s = min(WATCH_S_AT_MOST, max(WATCH_S, len(self._rows) / WATCHED_EACH_S))
+        view: View = await self.work.news.remote(wait_s)
         if problem := self.pipeline.problem or self.intake.problem:
             raise problem
         for ended in view.ended[TRAINING]:
@@ -242,20 +248,22 @@ class Fleet:
         for ended in view.ended[CLIPS]:
             self.pipeline.gave_up(ended)
         for held in view.held[TRAINING].values():
-            payload = held.task.payload
-            self.progress(payload["identity_id"], payload["stage"], held.note.get("step", 0), held.task.cost,
-                          held.note.get("metrics", {}))  # fmt: skip
+            identity_id, stage = held.task.task_id.rsplit("/", 1)
+            self.progress(identity_id, stage, held.note.get("step", 0), held.task.cost, held.note.get("metrics", {}))
         if lost := self.slots.adjust(view.waiting[TRAINING], view.held[TRAINING]):
             self.display.say(f"a training slot ended: {lost.splitlines()[0]}", "yellow")
         for queue, idle in (
             (TRAINING, not view.waiting[TRAINING] and not view.held[TRAINING]),
-            (CLIPS, not self.pipeline.busy),
+            (CLIPS, not self.pipeline.open_blocks),
         ):
-            since = self._idle_since.setdefault(queue, time.monotonic())
+            since = self._idle_since.setdefault(queue, _now())
             if not idle:
-                self._idle_since[queue] = time.monotonic()
+                self._idle_since[queue] = _now()
             patience = self.recipe.fleet.slot_idle_s if self._together else 0.0
-            self.work.send_home.remote(queue, idle and time.monotonic() - since >= patience)
+            home, was = idle and _now() - since >= patience, self._sent_home.get(queue, False)
+            if home or was:
+                self.work.send_home.remote(queue, home)
+            self._sent_home[queue] = home
         if self.ledger.problem and self.ledger.problem is not self._told:
             self._told = self.ledger.problem
             self.display.say(f"the ledger could not be written and is tried again: {self._told}", "yellow")
@@ -266,18 +274,22 @@ class Fleet:
         """Figures for Prometheus."""
         self.metrics.training(len(view.held[TRAINING]))
         if self.metrics.due:
-            queues = {name: (view.waiting[name], len(view.held[name]), view.ages[name]) for name in (TRAINING, CLIPS)}
+            queues = {name: (view.waiting[name], view.in_hand[name], view.ages[name]) for name in (TRAINING, CLIPS)}
             admission = (len(self._admission), len(self._admission.held()), self._admission.ages())
             found = (self.ledger.records[name] for name in self._ways if name in self.ledger.records)
             stages = Counter(record.stage for record in found)
             self.metrics.report(self.ledger.states, stages, {**queues, ADMISSION: admission})
 
-    def _spent(self, clip: ScoredClip) -> None:
-        """Count what a clip that came out of the pools has cost."""
-        self.metrics.spent(clip.identity_id, clip.seconds)
-        self.metrics.tried("GenerateClips", clip.attempts)
-        if clip.identity_id is not None:
-            self.ledger.add_seconds(clip.identity_id, **clip.seconds)
+    def _spent(self, made: Sequence[Made]) -> None:
+        """Count what clips that came out of the pools have cost."""
+        costs: dict[str | None, Counter[str]] = {}
+        for clip in made:
+            costs.setdefault(clip.identity_id, Counter()).update(clip.seconds)  # type: ignore[arg-type]  # floats add too
+        for identity_id, seconds in costs.items():
+            self.metrics.spent(identity_id, seconds)
+            if identity_id is not None:
+                self.ledger.add_seconds(identity_id, **seconds)
+        self.metrics.tried("GenerateClips", sum(clip.attempts for clip in made))
 
     # ---- what one identity awaits -----------------------------------------------------------------------------
 
@@ -296,41 +308,43 @@ class Fleet:
             task = self._shared[key] = asyncio.ensure_future(make())
         return await asyncio.shield(task)  # type: ignore[no-any-return]
 
-    async def score(self, row: ManifestRow | None, stage: str, folder: str, wanted: Sequence[Clip]) -> list[ScoredClip]:
+    async def score(self, row: ManifestRow | None, stage: str, wanted: Sequence[Clip]) -> list[Made]:
         """Generate and score clips; those that were given up are set aside, the others are returned."""
-        show = self._shower(row, stage, len({clip.clip_id for clip in wanted}))
-        rows = await self.pipeline.score(
-            folder, row.owner if row else SHARED, self.due(row) if row else 0.0, wanted, show
+        made = await self.pipeline.score(
+            row.owner if row else SHARED, self.due(row) if row else 0.0, wanted, self._shower(row, stage, len(wanted))
         )
-        failed = 0
-        for clip in rows:
-            if (why := failure(clip)) is not None:
-                failed += 1
-                error = MagicIDError(why, "the others go on; run again to try it again")
-                self.set_aside("clip", clip.clip_id, error)
-                if row:
-                    self.ledger.update(row.id, problem=f"clip {clip.clip_id}: {why}", action=error.action)
+        failed = [clip for clip in made if clip.again is not None]
+        for clip in failed:
+            error = MagicIDError(str(clip.again), "the others go on; run again to try it again")
+            self.set_aside("clip", clip.clip_id, error)
+            if row:
+                self.ledger.update(row.id, problem=f"clip {clip.clip_id}: {clip.again}", action=error.action)
         if row and failed:
-            self.ledger.update(row.id, failed_clips=self.ledger.records[row.id].failed_clips + failed)
-        return [clip for clip in rows if clip.error is None]
+            self.ledger.update(row.id, failed_clips=self.ledger.records[row.id].failed_clips + len(failed))
+        return [clip for clip in made if clip.error is None]
 
-    async def measure(self, row: ManifestRow, wanted: Sequence[Clip]) -> list[MetricRow]:
+    async def measure(self, row: ManifestRow, wanted: Sequence[Clip]) -> list[Made]:
         """Generate and measure evaluation clips."""
-        show = self._shower(row, "evaluation", len({clip.clip_id for clip in wanted}))
-        return await self.pipeline.measure(f"evaluation/{row.id}", row.owner, self.due(row), wanted, show)
+        show = self._shower(row, "evaluation", len(wanted))
+        return await self.pipeline.measure(row.owner, self.due(row), wanted, show)
 
     async def train(
-        self, row: ManifestRow, person: Identity, stage: str, steps: int, examples: list[dict[str, Any]]
+        self, row: ManifestRow, person: Identity, stage: str, steps: int, examples: Sequence[dict[str, Any]] = ()
     ) -> AdapterRef:
         """Train one identity through one stage in a slot; returns the adapter.
+
+        Args:
+            examples: what SFT trains on; HPO reads its pairs from the run.
 
         Raises:
             TrainingError: it was given up; the reason is the last one.
         """
         uri = training_uri(person.identity_id, stage, adapters.WEIGHTS_NAME)
+        sha256 = ""
         if not await asyncio.to_thread(self.run.has, uri):
             payload = {
-                "identity_id": person.identity_id, "overrides": person.overrides, "stage": stage, "examples": examples,
+                "identity_id": person.identity_id, "overrides": person.overrides, "stage": stage,
+                "examples": list(examples),
             }  # fmt: skip
             task = Task(f"{person.identity_id}/{stage}", row.owner, float(steps), self.due(row), payload)
             self.progress(row.id, stage, 0, steps)
@@ -344,8 +358,9 @@ class Fleet:
             self._account(row.id, stage, ended)
             if ended.state != "done":
                 raise TrainingError(f"{stage} failed: {ended.error}", "its last good checkpoint is kept; run again")
+            sha256 = ended.result.get("sha256", "")
         self.progress(row.id, stage, steps, steps)
-        return AdapterRef(uri, await asyncio.to_thread(_sha256, self.run.path(uri)))
+        return AdapterRef(uri, sha256 or await self.tasks.run(tasks.file_sha256, self.run.path(uri)))
 
     def _account(self, identity_id: str, stage: str, ended: Ended) -> None:
         record = self.ledger.records[identity_id]
@@ -372,23 +387,24 @@ class Fleet:
         record = self.ledger.records.get(identity_id)
         if record is None:  # deleted meanwhile
             return
-        if record.state in (ledger.WAITING, ledger.RUNNING):
+        news = record.stage != stage or record.total != total or done in (0, total)
+        if record.state in (ledger.WAITING, ledger.RUNNING) and (news or abs(done - record.done) >= NOTED * total):
             self.ledger.update(
                 identity_id, state=ledger.RUNNING, stage=stage, done=float(done), total=float(total),
-                began=record.began or time.time(),
+                began=record.began or self._clock(),
             )  # fmt: skip
             self.traces.stage(identity_id, stage)
         if len(self._rows) <= SHOWN_EACH and total > 1:
             note = "  ".join(f"{key} {value:.3g}" for key, value in (metrics or {}).items())
             self.display.show(f"{stage} {identity_id}", int(done), int(total), note)
 
-    def _shower(self, row: ManifestRow | None, stage: str, total: int) -> Callable[[Any], None]:
-        """A callback for each finished clip."""
+    def _shower(self, row: ManifestRow | None, stage: str, total: int) -> Callable[[list[Made]], None]:
+        """A callback for finished clips."""
         count = 0
 
-        def show(clip: Any) -> None:
+        def show(made: list[Made]) -> None:
             nonlocal count
-            count += 1
+            count += len(made)
             if row is None:
                 self.display.show(stage, count, total)
                 return
@@ -397,24 +413,18 @@ class Fleet:
         return show
 
     def _show_all(self) -> None:
-        records = self.ledger.records.values()
-        states = Counter(record.state for record in records)
         if len(self._rows) > SHOWN_EACH:
-            stages = Counter(record.stage for record in records if record.state == ledger.RUNNING)
+            stages = Counter(self.ledger.records[name].stage for name in self._ways if name in self.ledger.records)
             note = ", ".join(f"{count} in {stage}" for stage, count in stages.items() if stage)
-            ended = sum(states[state] for state in (ledger.DONE, ledger.FAILED, ledger.CANCELLED))
-            self.display.show("identities", ended, len(records), note)
+            ended = sum(self.ledger.states[state] for state in (ledger.DONE, ledger.FAILED, ledger.CANCELLED))
+            self.display.show("identities", ended, len(self.ledger.records), note)
+
+
+def _now() -> float:
+    """Seconds on the event loop's clock, which never goes back."""
+    return asyncio.get_running_loop().time()
 
 
 def _window(recipe: Recipe) -> int:
     """Identities under way at once: each slot has one in hand and one or two that are made ready for it."""
     return recipe.fleet.window or 3 * recipe.resources.slots + 2
-
-
-def _sha256(location: str) -> str:
-    return storage.sha256_bytes(storage.read_bytes(location))
-
-
-async def _gotten(reference: Any) -> Any:
-    """An object of Ray's, awaited."""
-    return await asyncio.wrap_future(reference.future())

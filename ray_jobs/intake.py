@@ -62,7 +62,7 @@ class CheckIdentities:
             with watchdog.time_limit(self.recipe.fleet.clip_limit_s):
                 person = identities.check_identity(row, self.recipe, self.faces, self.metric_faces, self.run.location)
             self.run.write(identity_uri(row.id), [person], Identity)
-            return {"id": row.id}
+            return {"id": row.id, "person": dataclasses.asdict(_light(person))}
         except MagicIDError as error:
             return {"id": row.id, "problem": error.problem, "action": error.action}
         except Exception as error:  # one identity must not end the others
@@ -79,13 +79,13 @@ class Intake:
         self.problem: MagicIDError | None = None  # why nobody can be checked, when nobody can
 
     async def check(self, row: ManifestRow) -> Identity:
-        """One identity, checked now or earlier.
+        """One identity, checked now or earlier; without its embeddings, which the driver has no use for.
 
         Raises:
             IdentityError: it cannot be used; all reasons are named.
         """
         if await asyncio.to_thread(self.run.has, identity_uri(row.id)):
-            return await asyncio.to_thread(self.run.identity, row.id)
+            return _light(await asyncio.to_thread(self.run.identity, row.id))
         future: asyncio.Future[Identity] = asyncio.get_running_loop().create_future()
         self._waiting[row.id] = (row, future)
         if self._pass is None or self._pass.done():
@@ -99,7 +99,7 @@ class Intake:
             asked = {name: self._waiting.pop(name) for name in names}
             loop = asyncio.get_running_loop()
 
-            def tell(result: dict[str, str], asked: dict[str, Any] = asked, loop: Any = loop) -> None:
+            def tell(result: dict[str, Any], asked: dict[str, Any] = asked, loop: Any = loop) -> None:
                 loop.call_soon_threadsafe(self._tell, asked[result["id"]][1], result)
 
             try:
@@ -116,10 +116,14 @@ class Intake:
         for result in pools.add_stage(dataset, CheckIdentities, self.recipe.resources.identity, arguments).iter_rows():
             tell(json.loads(result["result"]))
 
-    def _tell(self, future: asyncio.Future[Identity], result: dict[str, str]) -> None:
+    def _tell(self, future: asyncio.Future[Identity], result: dict[str, Any]) -> None:
         if future.done():
             return
         if "problem" in result:
             future.set_exception(IdentityError(result["problem"], result["action"]))
         else:
-            future.set_result(self.run.identity(result["id"]))
+            future.set_result(Identity(**result["person"]))
+
+
+def _light(person: Identity) -> Identity:
+    return dataclasses.replace(person, references=[], metric_references=[])

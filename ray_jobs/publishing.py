@@ -1,17 +1,15 @@
-"""The last stages: an adapter with its manifest, the report, and what the job prints at its end."""
+"""The end of a job: the report, and what it prints."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from magicid import adapters, ledger, storage
+from magicid import ledger, storage
 from magicid.errors import MagicIDError
 from magicid.evaluation import table
-from magicid.repository import AdapterRef
 from magicid.run import Run
-from magicid.schema import Identity, MetricRow, Pair, Rejected
+from magicid.schema import MetricRow, Rejected
 from ray_jobs.job import cause
 
 if TYPE_CHECKING:
@@ -21,31 +19,6 @@ if TYPE_CHECKING:
 def published(run: Run, identity_id: str, version: str | None) -> bool:
     """Whether an adapter that the ledger names is still there."""
     return version is not None and run.has(f"adapters/{identity_id}/{version}/manifest.json")
-
-
-def publish_one(
-    fleet: Fleet,
-    person: Identity,
-    pairs: list[Pair],
-    sft: AdapterRef,
-    hpo: AdapterRef,
-    measured: Sequence[MetricRow],
-) -> str:
-    """Publish one identity's adapter, with a manifest that says what it was made from; returns the version."""
-    name = person.identity_id
-    manifest = adapters.AdapterManifest(
-        owner=person.owner,
-        consent=person.consent or "",
-        base_sha256=fleet.base_sha256,
-        recipe_sha256=fleet.recipe.for_identity(person.overrides).content_sha256,
-        rank=fleet.recipe.lora.rank,
-        alpha=fleet.recipe.lora.alpha,
-        pairs_sha256=storage.sha256_json([pair.pair_id for pair in pairs]),
-        reference_sha256=sft.sha256,
-        metrics=table.summary(measured, name, "hpo"),
-    )
-    weights = storage.read_bytes(fleet.run.path(hpo.uri))
-    return adapters.publish(fleet.run.location, name, weights, manifest).version
 
 
 def write_report(fleet: Fleet) -> str:

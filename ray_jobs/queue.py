@@ -147,10 +147,11 @@ class FairQueue:
         self._end(holder, "failed", {}, known if known and error == "its process died" else f"{error}{tried}")
 
     def finish(self, task_id: str) -> None:
-        """A task is finished, whoever holds it."""
+        """A task is finished, whoever holds it, and who says so knows: it is not reported."""
         for holder, held in list(self._held.items()):
             if held.task.task_id == task_id:
-                self.done(holder, {})
+                self._let_go(holder)
+                self._forget(task_id)
 
     def release_all(self, error: str) -> None:
         """Every holder is gone."""
@@ -215,6 +216,11 @@ class FairQueue:
         found, self._ended = self._ended, []
         return found
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether `ended` would return any."""
+        return bool(self._ended)
+
     def held(self) -> dict[str, Held]:
         """What is in hand, by holder."""
         return dict(self._held)
@@ -226,10 +232,16 @@ class FairQueue:
 
     def ages(self) -> dict[str, float]:
         """Owner -> seconds that the oldest of its waiting tasks has waited."""
-        ages: dict[str, float] = {}
-        for task_id, age in self.waiting().items():
+        now, ages = self._clock(), dict[str, float]()
+        held = {held.task.task_id for held in self._held.values()}
+        missing = {owner for owner, heap in self._heaps.items() if heap}
+        for task_id, put_at in self._put_at.items():  # in the order in which they were put
+            if not missing:
+                break
             owner = self._tasks[task_id].owner
-            ages[owner] = max(age, ages.get(owner, 0.0))
+            if owner in missing and task_id not in held:
+                ages[owner] = now - put_at
+                missing.remove(owner)
         return ages
 
     def __len__(self) -> int:

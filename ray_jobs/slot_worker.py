@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import safetensors.torch
 
-from magicid import adapters, schema, storage
+from magicid import adapters, storage
 from magicid.backbones import load_backbone
 from magicid.backbones.base import TextEmbeddings
 from magicid.recipe import Recipe
@@ -55,8 +55,9 @@ class SlotWorker:
             MagicIDError: the identity cannot be trained; its last good checkpoint is kept.
         """
         identity_id, name = task.payload["identity_id"], task.payload["stage"]
-        if self.run.has(training_uri(identity_id, name, WEIGHTS_FILE)):
-            return {}
+        weights = self.run.path(training_uri(identity_id, name, WEIGHTS_FILE))
+        if storage.exists(weights):
+            return {"sha256": storage.sha256_bytes(storage.read_bytes(weights))}
         recipe = self.recipe.for_identity(task.payload["overrides"])
         folder = self.run.path(training_uri(identity_id, name, "checkpoints"))
         stage = self._sft if name == "sft" else self._hpo
@@ -65,12 +66,11 @@ class SlotWorker:
         try:
             progress(0, {})
             result = stage(task, recipe, CheckpointStore(folder, name), _Watch(progress, self._alive, curves))
-            if self.engine.rank == 0:
-                self._write(identity_id, name, result)
+            sha256 = self._write(identity_id, name, result) if self.engine.rank == 0 else ""
         finally:
             watchdog.start_time_limit(0)
             curves.close()
-        return {"steps": result.steps, "loss": result.history[-1]["loss"]}
+        return {"steps": result.steps, "loss": result.history[-1]["loss"], "sha256": sha256}
 
     def _curves(self, identity_id: str, stage: str) -> Curves:
         """What the recipe's loggers are told, by one worker."""
@@ -96,7 +96,7 @@ class SlotWorker:
 
     def _hpo(self, task: Task, recipe: Recipe, checkpoints: CheckpointStore, watch: _Watch) -> TrainingResult:
         identity_id = task.payload["identity_id"]
-        pairs = PairStore([schema.from_row(Pair, row) for row in task.payload["examples"]], self.run.location)
+        pairs = PairStore(self.run.read(f"pairs/{identity_id}.parquet", Pair), self.run.location)
         sft = storage.read_bytes(self.run.path(training_uri(identity_id, "sft", RAW_FILE)))
         text = pairs[next(iter(pairs.kinds))].text
         return train_hpo(
@@ -112,14 +112,16 @@ class SlotWorker:
             uri = training_uri(identity_id, "hpo", f"validation/step-{step:06d}.safetensors")
             storage.write_arrays(self.run.path(uri), {"latents": latents[0].float().cpu().numpy()})
 
-    def _write(self, identity_id: str, stage: str, result: TrainingResult) -> None:
+    def _write(self, identity_id: str, stage: str, result: TrainingResult) -> str:
+        """Write what a stage made; returns the hash of the weights, which are written last."""
+
         def path(name: str) -> str:
             return self.run.path(training_uri(identity_id, stage, name))
 
         storage.write_table(path("log.parquet"), list(result.history), log_schema(result.history))
         storage.write_bytes(path(RAW_FILE), safetensors.torch.save(result.lora_state))
         published = self.backbone.lora_state_dict(result.lora_state)
-        storage.write_bytes(
+        return storage.write_bytes(
             path(WEIGHTS_FILE), adapters.to_bytes(published, self.recipe.lora.rank, self.recipe.lora.alpha)
         )
 

@@ -8,6 +8,7 @@
 | ScoreSemantics  | video_uri, prompt         | semantics_reward, semantics_error                           |
 | MeasureClips    | video_uri, prompt         | a MetricRow beside the clip                                 |
 
+The last of them writes the rows to the run and hands on what the driver needs to know (keeping.py).
 Rewards look at the clips of the preference repository, metrics at the others; each passes on what is not its own, so
 one pass serves both and the video model is loaded once. A row that fails carries its reason on; it never ends the job.
 One that hangs, or eats memory, ends its process and is given up when its tries are used up. A storage that is full or
@@ -36,13 +37,14 @@ from magicid.generation import Generator
 from magicid.photos import read_image
 from magicid.recipe import Recipe
 from magicid.run import Run
-from magicid.schema import EVALUATION_CLIP, VALIDATION_CLIP, Clip, MetricRow, ScoredClip
+from magicid.schema import EVALUATION_CLIP, VALIDATION_CLIP, Clip, Made, MetricRow, ScoredClip
 from magicid.weights import resolve
 from ray_jobs import watchdog
+from ray_jobs.keeping import LAST_KIND, Finished, is_measured, keep
 from ray_jobs.work import CLIPS, END
 
 POLL_S = 0.2  # how often an idle source asks for work
-LAST = Clip("last", "last", None, "", "", "", 0)  # what an idle source sends: the pass may end
+LAST = Clip("last", LAST_KIND, None, "", "", "", 0)  # what an idle source sends: the pass may end
 
 
 class Stage:
@@ -52,15 +54,16 @@ class Stage:
         recipe: the recipe as plain values; Ray pickles it.
         run: location of the run directory.
         job: name of this start of the job, for the ledger of tries.
+        last: whether this is the last stage, which keeps the rows.
     """
 
     name = ""  # of the class: Ray Data makes a class of its own of it, so `type(self)` does not say
     reads: type = ScoredClip
     writes: type = ScoredClip
 
-    def __init__(self, recipe: dict[str, Any], run: str, job: str) -> None:
+    def __init__(self, recipe: dict[str, Any], run: str, job: str, last: bool = False) -> None:
         self.recipe = Recipe.model_validate(recipe)
-        self.run, self.job = Run(run), job
+        self.run, self.job, self.last = Run(run), job, last
         limit_threads(self.recipe.resources.threads)
         self.setup()
         watchdog.limit_memory(self.recipe.fleet.memory_limit_gib)
@@ -83,9 +86,16 @@ class Stage:
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows: list[Any] = [schema.from_row(self.reads, row) for row in batch.to_pylist()]
         results = list(self.process(rows))
-        if [r.clip_id for r in results] != [r.clip_id for r in rows]:
+        if [_clip(r).clip_id for r in results] != [r.clip_id for r in rows]:
             raise MagicIDError(f"{self.name} lost or reordered rows", "report this as a defect")
-        return pa.Table.from_pylist(schema.to_rows(results), schema=schema.arrow_schema(self.writes))
+        if not self.last:
+            return pa.Table.from_pylist(schema.to_rows(results), schema=schema.arrow_schema(self.writes))
+        made = keep(self.run, [r if isinstance(r, Finished) else Finished(r) for r in results])
+        return pa.Table.from_pylist(schema.to_rows(made), schema=schema.arrow_schema(Made))
+
+
+def _clip(result: Any) -> Any:
+    return result.clip if isinstance(result, Finished) else result
 
 
 class Scorer(Stage):
@@ -254,19 +264,6 @@ class ScoreSemantics(Scorer):
         return dataclasses.replace(row, semantics_reward=None, semantics_error=why)
 
 
-@dataclasses.dataclass(frozen=True)
-class Finished:
-    """What leaves the pipeline: the clip, and its metrics where it is one to be measured."""
-
-    clip: ScoredClip
-    measured: MetricRow | None = None
-
-
-_FINISHED = pa.schema(
-    [(name, pa.struct(list(schema.arrow_schema(cls)))) for name, cls in (("clip", ScoredClip), ("measured", MetricRow))]
-)
-
-
 class MeasureClips(Scorer):
     """The table's metrics, by networks that no reward used, against the identity that the row names."""
 
@@ -285,16 +282,8 @@ class MeasureClips(Scorer):
         photos = [read_image(self.run.path(uri)) for uri in person.photos] if self.metrics.looks_at_photos else []
         return np.asarray(person.metric_references, np.float32), photos
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        clips = [schema.from_row(ScoredClip, row) for row in batch.to_pylist()]
-        rows = [
-            {"clip": schema.to_row(done.clip), "measured": done.measured and schema.to_row(done.measured)}
-            for done in self.process(clips)
-        ]
-        return pa.Table.from_pylist(rows, schema=_FINISHED)
-
     def concerns(self, row: ScoredClip) -> bool:
-        return row.kind in (EVALUATION_CLIP, VALIDATION_CLIP) and row.identity_id is not None
+        return is_measured(row)
 
     def passed(self, row: ScoredClip) -> Finished:
         return Finished(row)
@@ -325,19 +314,6 @@ class MeasureClips(Scorer):
             return {"step": sft.steps + row.seed, "train_seed": hpo.seed}
         steps = {"sft": sft.steps, "hpo": sft.steps + hpo.steps}
         return {"step": steps.get(row.method, 0), "train_seed": hpo.seed if row.method == "hpo" else sft.seed}
-
-
-def finished(batch: pa.Table) -> list[Finished]:
-    """Rows as they leave the pipeline, whether its last stage was a reward or the metrics."""
-    if batch.column_names != _FINISHED.names:
-        return [Finished(schema.from_row(ScoredClip, row)) for row in batch.to_pylist()]
-    return [
-        Finished(
-            schema.from_row(ScoredClip, row["clip"]),
-            schema.from_row(MetricRow, row["measured"]) if row["measured"] else None,
-        )
-        for row in batch.to_pylist()
-    ]
 
 
 def reason(error: Exception) -> str:

@@ -5,6 +5,7 @@ It lives on the driver's node and dies with the driver: what it knows can be rea
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,10 +23,11 @@ END = "end"  # instead of a task: the holder may go home
 
 @dataclass(frozen=True)
 class View:
-    """What the driver sees of both queues at one moment; by queue name."""
+    """What the driver sees of both queues at one moment; by queue name. Of what is held, payloads are left out."""
 
     ended: dict[str, list[Ended]] = field(default_factory=dict)
-    held: dict[str, dict[str, Held]] = field(default_factory=dict)
+    held: dict[str, dict[str, Held]] = field(default_factory=dict)  # of training only
+    in_hand: dict[str, int] = field(default_factory=dict)
     waiting: dict[str, int] = field(default_factory=dict)
     ages: dict[str, dict[str, float]] = field(default_factory=dict)  # owner -> seconds its oldest task has waited
 
@@ -36,6 +38,7 @@ class Work:
     def __init__(self, queues: dict[str, FairQueue]) -> None:
         self._queues = queues
         self._sent_home: dict[str, bool] = dict.fromkeys(queues, False)
+        self._news = asyncio.Event()
 
     def put(self, queue: str, tasks: list[Task]) -> None:
         """Add tasks."""
@@ -45,6 +48,7 @@ class Work:
     def take(self, queue: str, holder: str) -> Task | str | None:
         """A task; None: ask again; END: there is no more."""
         task = self._queues[queue].take(holder)
+        self._tell(queue)  # the holder's last task may have been given up
         return END if task is None and self._sent_home[queue] else task
 
     def send_home(self, queue: str, whether: bool) -> None:
@@ -53,17 +57,37 @@ class Work:
 
     def call(self, queue: str, method: str, *arguments: Any, **named: Any) -> Any:
         """Any method of a queue."""
-        return getattr(self._queues[queue], method)(*arguments, **named)
+        result = getattr(self._queues[queue], method)(*arguments, **named)
+        self._tell(queue)
+        return result
+
+    def _tell(self, queue: str) -> None:
+        if self._queues[queue].has_ended:
+            self._news.set()
+
+    async def news(self, wait_s: float) -> View:
+        """`view` as soon as anything has ended, or after `wait_s`."""
+        timer = asyncio.get_running_loop().call_later(wait_s, self._news.set)
+        await self._news.wait()
+        timer.cancel()
+        self._news.clear()
+        return self.view()
 
     def view(self) -> View:
         """What ended since the last look, and how everything stands."""
         each = self._queues.items()
         return View(
             ended={name: queue.ended() for name, queue in each},
-            held={name: queue.held() for name, queue in each},
+            held={TRAINING: {holder: _light(held) for holder, held in self._queues[TRAINING].held().items()}},
+            in_hand={name: len(queue.held()) for name, queue in each},
             waiting={name: len(queue) for name, queue in each},
             ages={name: queue.ages() for name, queue in each},
         )
+
+
+def _light(held: Held) -> Held:
+    task = held.task
+    return Held(Task(task.task_id, task.owner, task.cost, task.due), held.since, held.note)
 
 
 def queues(recipe: Recipe, clock: Callable[[], float] | None = None) -> dict[str, FairQueue]:

@@ -88,7 +88,8 @@ def test_a_production_recipe_runs_on_a_tiny_folder(name: str, tmp_path: Path) ->
         still.clip_id, still.kind, str(still.latents_uri), [0.9, 0.0, 5.0],
         moving.clip_id, moving.kind, str(moving.latents_uri), [0.1, 1.0, 5.0],
     )  # fmt: skip
-    payload = {"identity_id": "ada", "overrides": {}, "stage": "hpo", "examples": [schema.to_row(pair)]}
+    run.write("pairs/ada.parquet", [pair], Pair)
+    payload = {"identity_id": "ada", "overrides": {}, "stage": "hpo"}
     worker.train(Task("ada/hpo", "team", 2, payload=payload), lambda step, metrics: steps.append(step))
     assert steps == [0, 1, 2, 0, 1, 2]
     log = storage.read_table(run.path(training_uri("ada", "hpo", "log.parquet")))

@@ -1,0 +1,163 @@
+"""The driver's own code over simulated GPUs: everybody once, whatever happens on the way, and fairly."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from magicid import commands, ledger, recipe
+from magicid.recipe import Recipe
+from magicid.run import Run
+from magicid.schema import MetricRow, ScoredClip
+from ray_jobs.fleet import Fleet
+from ray_jobs.simulation import EPOCH, Durations, Outcome, simulate
+from tests.ray_jobs.test_queue import jain
+
+GPUS = 8  # four slots and four generators
+SMALL: dict[str, Any] = {
+    "repository.trained_clips": 8,
+    "repository.base_clips": 4,
+    "evaluation.clips": 2,
+    "sft.steps": 20,
+    "hpo.steps": 40,
+    "resources.slots": 4,
+    "resources.worker_gpus": 1,
+    "resources.generator": {"min_size": 4, "max_size": 4, "gpus": 1},
+}
+QUICK = Durations(
+    check=0.5, clip=1, photo_clip=0.1, validation_clip=0.1, found_clip=0.01, identity=0.02, motion=0.02,
+    semantics=0.02, measure=0.02, sft_step=0.2, hpo_step=0.3, load=2, task=0.1,
+)  # fmt: skip
+
+
+def settings(**overrides: object) -> Recipe:
+    return recipe.load("face-world", SMALL | {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def person(name: str, owner: str = "a", **columns: object) -> dict[str, object]:
+    return {"id": name, "owner": owner, "photos": ["x.png"], **columns}
+
+
+def manifest(folder: Path, rows: Sequence[dict[str, object]]) -> str:
+    file = folder / "people.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def run(folder: Path, people: Sequence[dict[str, object]], **options: Any) -> Outcome:
+    made = options.pop("recipe", None) or settings()
+    return simulate(made, manifest(folder, people), str(folder / "run"), durations=QUICK, **options)
+
+
+def ends(outcome: Outcome) -> dict[str, float]:
+    """Identity -> simulated seconds at which it ended."""
+    return {name: record.ended - EPOCH for name, record in outcome.ledger.records.items() if record.ended}
+
+
+def test_everybody_is_made_once_and_the_clock_only_jumps(tmp_path: Path) -> None:
+    names = [f"p{number}" for number in range(12)]
+    outcome = run(tmp_path, [person(name) for name in names])
+    assert sorted(outcome.published) == sorted(names)
+    assert sorted(outcome.trained) == sorted(f"{name}/{stage}" for name in names for stage in ("sft", "hpo"))
+    assert outcome.made_twice == []
+    kept = ledger.read(Run(str(tmp_path / "run")))
+    assert {record.state for record in kept.values()} == {ledger.DONE}
+    # 16 s of training for each on four slots, and one identity's whole way
+    assert 12 * 16 / 4 < outcome.seconds < 12 * 16 / 4 + 60
+    trained = sum(seconds for record in kept.values() for stage, seconds in record.seconds.items() if stage == "hpo")
+    assert abs(trained - 12 * 40 * 0.3) < 12
+
+
+def test_a_driver_that_goes_leaves_a_run_that_is_continued(tmp_path: Path) -> None:
+    rows = [person(f"p{number}", owner="ab"[number % 2]) for number in range(10)]
+    first = run(tmp_path, rows, lasts_s=42)
+    assert 0 < len(first.published) < 10
+    second = run(tmp_path, rows, seed=1)
+    assert sorted(first.published + second.published) == sorted(row["id"] for row in rows)
+    assert not set(first.trained) & set(second.trained)
+    where = Run(str(tmp_path / "run"))
+    scored = [clip.clip_id for clip in where.read_parts("scored", ScoredClip)]
+    measured = [(row.identity_id, row.clip_id) for row in where.read_parts("evaluation", MetricRow)]
+    assert len(scored) == len(set(scored)) == 4 + 10 * (10 + 8)
+    assert len(measured) == len(set(measured)) == 10 * 6
+
+
+def test_people_come_go_and_come_back_while_the_job_runs(tmp_path: Path) -> None:
+    rows = [person(f"p{number}") for number in range(12)]
+
+    async def ask(fleet: Fleet, where: Run) -> None:
+        await asyncio.sleep(10)
+        manifest(tmp_path, [*rows, person("late")])
+        running = next(name for name, record in fleet.ledger.records.items() if record.state == ledger.RUNNING)
+        commands.send(where, commands.CANCEL, ["p11", running])
+        while fleet.ledger.records["p11"].state != ledger.CANCELLED:
+            await asyncio.sleep(1)
+        assert fleet.ledger.records[running].state == ledger.CANCELLED
+        fleet.ledger.flush()
+        commands.send(where, commands.RETRY, ["p11"])
+
+    outcome = run(tmp_path, rows, recipe=settings(fleet__manifest_s=5), meanwhile=ask)
+    states = {name: record.state for name, record in outcome.ledger.records.items()}
+    cancelled = [name for name, state in states.items() if state == ledger.CANCELLED]
+    assert len(cancelled) == 1
+    assert cancelled != ["p11"]
+    assert sorted(outcome.published) == sorted({*states} - {*cancelled})
+    assert "late" in outcome.published
+
+
+def test_service_is_fair_in_every_window_longer_than_ten_identities(tmp_path: Path) -> None:
+    weights, loads = {"a": 1.0, "b": 1.0, "c": 2.0}, {"a": 60, "b": 24, "c": 48}
+    rows = [person(f"{owner}{number}", owner) for owner, load in loads.items() for number in range(load)]
+    outcome = run(tmp_path, rows, recipe=settings(fleet__weights={"c": 2.0}), rows=False)
+    begun = dict.fromkeys(weights, 0.0)  # until when each had somebody waiting
+    for record in outcome.ledger.records.values():
+        begun[record.owner] = max(begun[record.owner], (record.began or 0) - EPOCH)
+    contended = min(begun.values())
+    marks = [end for end in sorted(ends(outcome).values()) if end <= contended]
+    assert len(marks) > 60
+    worst = 1.0
+    served = {
+        owner: [(end, work) for end, who, work in outcome.cluster.served if who == owner and end <= contended]
+        for owner in weights
+    }
+    times = {owner: [end for end, _ in pieces] for owner, pieces in served.items()}
+    sums = {owner: [0.0, *itertools.accumulate(work for _, work in pieces)] for owner, pieces in served.items()}
+    for first, last in itertools.combinations(range(len(marks)), 2):
+        if last - first > 10:
+            shares = [
+                (
+                    sums[o][bisect.bisect_right(times[o], marks[last])]
+                    - sums[o][bisect.bisect_right(times[o], marks[first])]
+                )
+                / weights[o]
+                for o in weights
+            ]
+            worst = min(worst, jain(shares))
+    assert worst >= 0.95
+
+
+def test_a_starving_low_priority_tenant_always_moves(tmp_path: Path) -> None:
+    rows = [person(f"a{number}", "rich", priority=100) for number in range(60)]
+    rows += [person(f"z{number}", "poor", priority=-100) for number in range(4)]
+    weights = {"rich": 10.0, "poor": 1.0}
+    ended = ends(run(tmp_path, rows, recipe=settings(fleet__weights=weights), rows=False))
+    order = sorted(ended, key=lambda name: ended[name])
+    places = [order.index(name) for name in order if name.startswith("z")]
+    # one of eleven is theirs: the n-th ends at about place 11 n, give or take those under way at once
+    assert all(place < 11 * number + 14 for number, place in enumerate(places, start=1)), places
+    assert places[-1] < 60
+
+
+def test_a_deadline_is_met_by_overtaking(tmp_path: Path) -> None:
+    deadline = "2027-01-15T08:02:00+00:00"  # EPOCH + 120 s
+    rows = [person(f"p{number}") for number in range(60)]
+    hurried = [*rows[:59], person("p59", deadline=deadline)]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    assert ends(run(tmp_path / "one", rows, rows=False))["p59"] > 120
+    assert ends(run(tmp_path / "two", hurried, rows=False))["p59"] < 120
