@@ -125,9 +125,9 @@ class Cluster:
         (port,) = free_ports(1)
         self._starts += 1
         common = ["--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={port}"]
-        environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
         memory = "--object-store-memory=100000000"
-        return Node([*options, *common, memory], environment, self.folder / f"node-{self._starts}.log")
+        # RAY_ADDRESS too: Ray Train's cleaner looks for a cluster by itself, and finds any that is on this machine.
+        return Node([*options, *common, memory], self.environment, self.folder / f"node-{self._starts}.log")
 
     def nodes(self) -> list[Node]:
         """All nodes, the head first."""
