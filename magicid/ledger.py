@@ -32,8 +32,9 @@ STAGES = ("check", "photo clips", "sft", "trained clips", "pairs", "hpo", "evalu
 
 _NAME = re.compile(r"(snapshot|events)-(\d+)-(\d+)\.(?:parquet|jsonl)$")
 _MERGED = 40  # files of events that become one of the next level
+_MANY = 1000  # changes that are worth a snapshot, where they are most of the run
 _EVERY_S, _EVERY_S_PER_RECORD, _EVERY_S_AT_MOST = 2.0, 0.002, 30.0  # large runs are written less often
-_READS = 5
+_READS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +142,12 @@ class Ledger:
         with self._writing:
             self._may_write()
             with self._lock:
+                most = len(self._changed) > max(_MANY, len(self.records) // 2)
                 changed, self._changed = self._changed, set()
             if not changed:
+                return
+            if most:  # a manifest was taken up: a table is the smaller file
+                self._write_snapshot(changed)
                 return
             try:
                 written = self._events(changed)
@@ -200,20 +205,24 @@ class Ledger:
         with self._writing:
             self._may_write()
             with self._lock:
-                records = list(self.records.values())
                 changed, self._changed = self._changed, set()
-            self._number += 1
-            newest = self._path("snapshot", "parquet")
-            try:
-                storage.write_table(newest, map(schema.to_row, records), schema.arrow_schema(Record))
-            except StorageError:
-                with self._lock:
-                    self._changed |= changed
-                raise
-            self._levels.clear()
-            for location in _files(self.run):
-                if _order(location) < (self.fence, self._number):
-                    storage.remove(location)
+            self._write_snapshot(changed)
+
+    def _write_snapshot(self, changed: set[str]) -> None:
+        with self._lock:
+            records = list(self.records.values())
+        self._number += 1
+        newest = self._path("snapshot", "parquet")
+        try:
+            storage.write_table(newest, map(schema.to_row, records), schema.arrow_schema(Record))
+        except StorageError:
+            with self._lock:
+                self._changed |= changed
+            raise
+        self._levels.clear()
+        for location in _files(self.run):
+            if _order(location) < (self.fence, self._number):
+                storage.remove(location)
 
     def _path(self, kind: str, suffix: str) -> str:
         return self.run.path("ledger", f"{kind}-{self.fence:08d}-{self._number:08d}.{suffix}")

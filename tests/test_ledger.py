@@ -78,28 +78,26 @@ def test_a_failed_write_is_made_up_for(run: Run, monkeypatch: pytest.MonkeyPatch
     assert ledger.read(run) == book.records
 
 
-def test_a_reader_beside_a_writer_never_sees_a_state_go_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "_MERGED", 5)
-    book = Ledger(run, 1, every_s=0)
-    book.update("ada", owner="studio")
-    book.flush()
-    stop = threading.Event()
+def test_a_reader_looks_again_when_files_were_merged_under_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "_MERGED", 3)
+    book, real, meddled = Ledger(run, 1, every_s=0), ledger._read, []
 
-    def write() -> None:
-        number = 0
-        while not stop.wait(0.01):
-            number += 1
-            book.update("ada", done=float(number))
+    def change(times: int) -> None:
+        for _ in range(times):
+            done = book.records["ada"].done if "ada" in book.records else 0.0
+            book.update("ada", owner="studio", done=done + 1)
             book.flush()
 
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        seen = [ledger.read(run)["ada"].done for _ in range(60)]
-    finally:
-        stop.set()
-        writer.join()
-    assert seen == sorted(seen)
+    def read_late(files: list[str]) -> dict[str, ledger.Record]:
+        if len(meddled) < 2:
+            meddled.append(len(files))
+            change(3)  # the files that were listed are gone
+        return real(files)
+
+    change(2)
+    monkeypatch.setattr(ledger, "_read", read_late)
+    assert ledger.read(run)["ada"].done == 8
+    assert len(meddled) == 2
 
 
 def files(run: Run) -> list[str]:
@@ -178,3 +176,15 @@ def test_changes_made_together_are_seen_together(run: Run) -> None:
     finally:
         stop.set()
         writer.join()
+
+
+def test_a_manifest_that_is_taken_up_becomes_a_snapshot(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "_MANY", 5)
+    book = Ledger(run, 1, every_s=0)
+    for number in range(10):
+        book.update(f"p{number}", owner="studio")
+    book.flush()
+    assert [name.rsplit("/", 1)[1] for name in storage.list_files(run.path("ledger"))] == [
+        "snapshot-00000001-00000002.parquet"
+    ]
+    assert ledger.read(run) == book.records
