@@ -11,6 +11,7 @@ magicid retry RUN ID... (or --failed, --all) | cancel RUN ID...
 magicid report RUN
 magicid evaluate --clips DIR --identities M --name NAME --out RESULTS
 magicid results RESULTS... --out DIR
+magicid study build RUN --methods base,sft,hpo --out DIR | score ANSWERS... --key DIR/key.json
 magicid provenance CLIP
 python -m ray_jobs.customize --recipe ... --identities ... --out RUN
 """
@@ -26,7 +27,8 @@ import typer.core
 
 from magicid import cli_fleet
 from magicid.cli_errors import told_plainly
-from magicid.evaluation import commands
+from magicid.evaluation import commands as evaluation_commands
+from magicid.study import commands as study_commands
 
 if TYPE_CHECKING:
     from magicid.adapters import Alias
@@ -434,7 +436,8 @@ def show_rejected(rejected: list[Rejected]) -> None:
     show(["cannot be used", "why", "what to do"], [[r.name, r.problem, r.action] for r in rejected])
 
 
-commands.register(app, told_plainly)
+evaluation_commands.register(app, told_plainly)
+study_commands.register(app, told_plainly)
 
 if __name__ == "__main__":
     app()

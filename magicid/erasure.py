@@ -30,7 +30,7 @@ from magicid.schema import Prompt
 TOMBSTONES = "erased"
 AT_ONCE = 16  # files read or removed at the same time: object stores answer slowly, but many at once
 # Folders whose entries are named like the person they are of, as `<id>/...` or `<id>.<ending>`.
-PERSONAL = frozenset({"identities", "scored", "rewards", "training", "pairs", "adapters", "evaluation"})
+PERSONAL = frozenset({"identities", "scored", "rewards", "training", "pairs", "adapters", "evaluation", "curve"})
 # Folders whose files belong to no one person: named by content, or by a start of the job.
 _IMPERSONAL = frozenset({"clips", "text", "ledger", "driver", "commands", "ray_train", TOMBSTONES})
 _REPORT = "report.html"  # holds the photos of everyone; made again by the driver or `magicid report`
@@ -127,7 +127,7 @@ def traces_of(run: Run, identity_id: str) -> set[str]:
     Clips are named by what they were made from, so those that no row has yet are among them. Those of the shared base
     model are not.
     """
-    rows = [row for folder in ("scored", "evaluation", "pairs") for row in _rows(run, folder, identity_id)]
+    rows = [row for folder in ("scored", "evaluation", "curve", "pairs") for row in _rows(run, folder, identity_id)]
     rows = [row for row in rows if row.get("method") != "base"]
     manifests = storage.list_files(run.path("adapters", identity_id), f"/{adapters.MANIFEST_NAME}")
     for read in [partial(storage.read_json, file) for file in manifests] + [partial(_wanted, run, identity_id)]:

@@ -25,6 +25,7 @@ from magicid.errors import GenerationError, MagicIDError, StorageError
 from magicid.recipe import Recipe
 from magicid.run import Run, clip_uri, text_uri
 from magicid.schema import STATIC_CLIP, VALIDATION_CLIP, Clip
+from magicid.training.tokens import TOKENS, with_tokens
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Generator:
         self.attempts = Attempts(run, job, recipe.repository.attempts)
         self.backbone = load_backbone(recipe, parts=("transformer", "vae", "text"), device=device)
         self._adapter: str | None = None
+        self._tokens: torch.Tensor | None = None  # of an adapter that is extended tokens and no LoRA
         self._texts: dict[str, str] = {}  # prompt -> URI of its embeddings, once written
 
     def make(self, wanted: Sequence[Clip]) -> Iterator[Clip]:
@@ -119,7 +121,10 @@ class Generator:
         if clip.kind == VALIDATION_CLIP:
             return torch.from_numpy(storage.read_arrays(self.run.path(str(clip.latents_uri)))["latents"])[None]
         self._use_adapter(clip)
-        return self.backbone.sample([clip.prompt], [clip.seed])
+        text = self.backbone.encode_prompts([clip.prompt])
+        return self.backbone.sample_text(
+            with_tokens(text, self._tokens) if self._tokens is not None else text, [clip.seed]
+        )
 
     def _photo_latents(self, clip: Clip) -> torch.Tensor:
         sampling = self.recipe.sampling
@@ -134,7 +139,8 @@ class Generator:
         if clip.adapter_uri is not None:
             arrays = storage.read_arrays(self.run.path(clip.adapter_uri))
             state = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        self.backbone.load_adapter(state)
+        self._tokens = state.pop(TOKENS, None) if state else None
+        self.backbone.load_adapter(state or None)
         self._adapter = clip.adapter_sha256
 
     def _text(self, prompt: str) -> str:

@@ -137,6 +137,9 @@ class Selection(Section):
     dynamic_pairs: int = Field(100, ge=0, description="P_dy, the paper's top 100")
     motion_tolerance: float = Field(ge=0, description="P_id: R_dy the winner may lose against the loser, px per frame")
     min_identity_gap: float = Field(0.0, ge=-2, le=2, description="pairs with a smaller R_id gap are dropped")
+    rewards: Literal["id", "id+dy", "all"] = Field(
+        "all", description="rewards that decide: identity, and motion, and the prompt (Table 3)"
+    )
     same_prompt: bool = Field(True, description="P_dy pairs share the prompt where enough such pairs exist")
 
 
@@ -159,13 +162,22 @@ class Sft(Section):
     batch_size: int = Field(1, ge=1, description="clips per step, over all workers")
     guidance_scale: float = Field(1.0, ge=1)
     prompt: str = Field("a {class_word}", description="caption of the inflated photos")
+    frames: int = Field(0, ge=0, description="of the photo clips trained on; 1: single frames (DreamBooth); 0: all")
+    tokens: int = Field(0, ge=0, description="above 0: so many extended tokens instead of a LoRA (MagicMe)")
     seed: int = 0
+
+    @pydantic.field_validator("frames")
+    @classmethod
+    def _whole_latent_frames(cls, value: int) -> int:
+        if value and value % 4 != 1:
+            raise ValueError("must be 0 or 4k+1 (1, 5, 9, ...)")
+        return value
 
 
 class Hpo(Section):
     """Stage 2: Hybrid Preference Optimization (paper: AdamW, 2e-5, 1e-4, 5000 steps)."""
 
-    steps: int = Field(5000, ge=1)
+    steps: int = Field(5000, ge=0, description="0: the SFT adapter is the result")
     learning_rate: float = Field(2e-5, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     batch_size: int = Field(1, ge=1, description="pairs per step, over all workers")
@@ -270,6 +282,7 @@ class Evaluation(Section):
     video: str = Field("", description="a folder with the I3D TorchScript file; empty: likewise")
     video_reference: str = Field("", description="a folder of clips that FVD compares with")
     classifier: str = Field("", description="world:classifier, or empty")
+    every: int = Field(0, ge=0, description="also of the adapter every so many training steps, for curves; 0: never")
     seed: int = 1000
 
 
@@ -308,6 +321,12 @@ class Recipe(Section):
         shown, there = self.rewards.semantics_frames, self.sampling.frames
         if shown > there:
             raise ValueError(f"rewards.semantics_frames = {shown} is more than sampling.frames = {there}")
+        if self.sft.frames > there:
+            raise ValueError(f"sft.frames = {self.sft.frames} is more than sampling.frames = {there}")
+        if self.sft.tokens and self.hpo.steps:
+            raise ValueError(
+                f"sft.tokens = {self.sft.tokens} trains no LoRA that HPO could begin with; set hpo.steps = 0"
+            )
         return self
 
     def to_toml(self) -> str:

@@ -6,6 +6,7 @@ decides its pixels, so the same request in another run, or after a crash, finds 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,12 +51,18 @@ def evaluation_clips(
     method: str,
     identity: Identity | None,
     adapter: AdapterRef | None,
+    step: int = 0,
+    kind: str = schema.EVALUATION_CLIP,
 ) -> list[Clip]:
-    """Held-out clips of one method: the same (prompt, seed) list for every method and identity."""
-    return _sampled(
-        recipe, base_sha256, schema.EVALUATION_CLIP, method, prompts, class_word, recipe.evaluation.clips,
+    """Held-out clips of one method: the same (prompt, seed) list for every method and identity.
+
+    `step` is how many training steps are behind the adapter; one on its way makes clips of the kind CURVE_CLIP.
+    """
+    clips = _sampled(
+        recipe, base_sha256, kind, method, prompts, class_word, recipe.evaluation.clips,
         identity.identity_id if identity else None, adapter, recipe.evaluation.seed,
     )  # fmt: skip
+    return [dataclasses.replace(clip, step=step) for clip in clips]
 
 
 def static_clips(recipe: Recipe, base_sha256: str, identity: Identity) -> list[Clip]:

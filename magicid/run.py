@@ -117,6 +117,8 @@ def rows_folder(clip: Clip) -> str:
     """Where the row of a clip is kept, in parts, relative to the run."""
     if clip.kind == schema.BASE_CLIP:
         return "scored/_shared"
+    if clip.kind == schema.CURVE_CLIP:
+        return f"curve/{clip.identity_id}"
     if clip.kind in (schema.EVALUATION_CLIP, schema.VALIDATION_CLIP):
         return f"evaluation/{clip.identity_id}" if clip.identity_id else "made"
     return f"scored/{clip.identity_id}"

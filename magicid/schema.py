@@ -20,6 +20,7 @@ BASE_CLIP = "V_s"  # from the untouched base model, shared by all identities
 TRAINED_CLIP = "V_t"  # from the identity's SFT adapter
 STATIC_CLIP = "V_id"  # a reference photo inflated to a clip
 EVALUATION_CLIP = "evaluation"  # a held-out prompt, for the table
+CURVE_CLIP = "curve"  # the same prompts by an adapter on its way, for curves
 VALIDATION_CLIP = "validation"  # what a trainer sampled on its way, kept as latents; `seed` is the step
 
 REWARD_NAMES = ("identity", "motion", "semantics")  # the order of the columns of every rewards matrix (N, 3)
@@ -84,6 +85,7 @@ class Clip:
     text_uri: str | None = None  # text embeddings of the prompt, shared by all clips of this prompt
     attempts: int = 0
     error: str | None = None
+    step: int = 0  # training steps behind the adapter, all stages together; evaluation clips only
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from magicid.schema import Pair, Rejected, ScoredClip
 from magicid.storage import sha256_json
 
 STATIC_PAIR, DYNAMIC_PAIR = "P_id", "P_dy"
+USED = {"id": schema.REWARD_NAMES[:1], "id+dy": schema.REWARD_NAMES[:2], "all": schema.REWARD_NAMES}
 _CHUNK = 256  # clips compared with all others at a time: N of thousands stays within tens of MB
 
 
@@ -116,7 +117,8 @@ def select_pairs(identity_id: str, scored: Sequence[ScoredClip], settings: recip
     R_dy(winner) is within `motion_tolerance`. P_dy: winners from the upper front of V_s and V_t, losers from the lower
     one, the largest gaps first; where `same_prompt`, pairs of one prompt first. Gaps are above `min_identity_gap`, and
     those of P_dy above 0. A static winner takes its loser's prompt; a P_dy pair is trained under its winner's. Only
-    clips with all three rewards take part.
+    clips with all rewards that `settings.rewards` names take part, and only these decide: without the motion reward
+    P_id has no tolerance, and by identity alone all clips are in one order, so that P_dy pairs any two.
 
     Args:
         scored: the identity's clips and V_s, with `identity_reward` filled (`with_identity_reward`). Other identities'
@@ -128,15 +130,17 @@ def select_pairs(identity_id: str, scored: Sequence[ScoredClip], settings: recip
     """
     dropped: list[Rejected] = []
     clips = _usable(identity_id, scored, dropped)
-    complete = _complete_clips(clips, dropped)
+    names = USED[settings.rewards]
+    complete = _complete_clips(clips, dropped, names)
     static = [c for c in complete if c.kind == schema.STATIC_CLIP]
     sampled = [c for c in complete if c.kind in (schema.BASE_CLIP, schema.TRAINED_CLIP)]
     base = [c for c in sampled if c.kind == schema.BASE_CLIP]
     pairs = _static_pairs(identity_id, static, base, settings, dropped)
 
-    rewards = np.array([_rewards(c) for c in sampled], dtype=np.float64).reshape(len(sampled), len(schema.REWARD_NAMES))
-    upper = [c for c, on in zip(sampled, upper_front(rewards)) if on]
-    lower = [c for c, on in zip(sampled, lower_front(rewards)) if on]
+    rewards = np.array([[getattr(c, f"{name}_reward") for name in names] for c in sampled], dtype=np.float64)
+    rewards = rewards.reshape(len(sampled), len(names))
+    upper = [c for c, on in zip(sampled, upper_front(rewards)) if on or len(names) == 1]
+    lower = [c for c, on in zip(sampled, lower_front(rewards)) if on or len(names) == 1]
     pairs += _dynamic_pairs(identity_id, upper, lower, settings, dropped)
     return Selection(pairs, dropped, [c.clip_id for c in upper], [c.clip_id for c in lower])
 
@@ -157,20 +161,20 @@ def _rewards(clip: ScoredClip) -> list[float | None]:
     return [clip.identity_reward, clip.motion_reward, clip.semantics_reward]
 
 
-def _missing(clip: ScoredClip) -> str:
+def _missing(clip: ScoredClip, names: Sequence[str]) -> str:
     """Why rewards are missing; empty when none is."""
     reasons = []
-    for name in schema.REWARD_NAMES:
+    for name in names:
         value = getattr(clip, f"{name}_reward")
         if value is None or not np.isfinite(value):
             reasons.append(f"no {name} reward: {getattr(clip, f'{name}_error') or 'not computed'}")
     return "; ".join(reasons)
 
 
-def _complete_clips(clips: Sequence[ScoredClip], dropped: list[Rejected]) -> list[ScoredClip]:
+def _complete_clips(clips: Sequence[ScoredClip], dropped: list[Rejected], names: Sequence[str]) -> list[ScoredClip]:
     complete = []
     for clip in clips:
-        if problem := _missing(clip):
+        if problem := _missing(clip, names):
             _drop(dropped, clip, problem, "it takes no part in the selection")
         else:
             complete.append(clip)
@@ -193,8 +197,10 @@ def _static_pairs(
         _none(dropped, identity_id, STATIC_PAIR, f"{len(winners)} complete V_id and {len(losers)} complete V_s clips")
         return []
     gap = _gaps(winners, losers)
-    lost = np.array([c.motion_reward for c in losers])[None, :] - np.array([c.motion_reward for c in winners])[:, None]
-    moves_enough = lost <= settings.motion_tolerance
+    moves_enough = np.ones_like(gap, dtype=bool)
+    if "motion" in USED[settings.rewards]:
+        won, lost = (np.array([c.motion_reward for c in side], dtype=np.float64) for side in (winners, losers))
+        moves_enough = lost[None, :] - won[:, None] <= settings.motion_tolerance
     wide = gap > settings.min_identity_gap
     fits = moves_enough & wide
     chosen = _ranked(gap, fits, winners, losers)[: settings.static_pairs]

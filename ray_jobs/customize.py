@@ -31,7 +31,7 @@ from magicid.manifests import ManifestRow
 from magicid.recipe import Recipe
 from magicid.repository import AdapterRef
 from magicid.run import Run, training_uri
-from magicid.schema import STATIC_CLIP, Identity, Made, Prompt, ScoredClip
+from magicid.schema import CURVE_CLIP, EVALUATION_CLIP, STATIC_CLIP, Identity, Made, Prompt, ScoredClip
 from magicid.training import loggers
 from magicid.weights import model_folders, resolve
 from ray_jobs import pools, services, tasks
@@ -61,6 +61,8 @@ async def customize_person(fleet: Fleet, row: ManifestRow) -> str:
     photos = await fleet.score(row, "photo clips", still)
     sft = await fleet.train(row, person, "sft", settings.sft.steps, photo_examples(photos, person))
 
+    if not settings.hpo.steps:  # a row of the comparison: self-reconstruction alone
+        return await finish(fleet, row, person, None, sft, sft)
     wanted = repository.trained_clips(fleet.recipe, fleet.base_sha256, training(fleet), person, sft)  # V_t
     trained = await fleet.score(row, "trained clips", wanted)
     fleet.progress(row.id, "pairs", 0, 1)
@@ -68,12 +70,21 @@ async def customize_person(fleet: Fleet, row: ManifestRow) -> str:
     pairs = await fleet.tasks.run(tasks.choose_pairs, fleet.run.location, settings, row.id, names)
     fleet.display.say(f"pairs of {row.id}: {pairs.counts['P_id']} P_id, {pairs.counts['P_dy']} P_dy")
     hpo = await fleet.train(row, person, "hpo", settings.hpo.steps)
+    return await finish(fleet, row, person, pairs, sft, hpo)
 
-    measured = await evaluate(fleet, row, person, pairs, sft, hpo)
+
+async def finish(
+    fleet: Fleet, row: ManifestRow, person: Identity, pairs: tasks.Chosen | None, sft: AdapterRef, last: AdapterRef
+) -> str:
+    """Evaluate and publish the last adapter; returns its version, empty for extended tokens, which are no LoRA."""
+    settings = fleet.recipe.for_identity(person.overrides)
+    measured = await evaluate(fleet, row, person, pairs, sft, last)
     fleet.lease.check()
     fleet.progress(row.id, "publish", 0, 1)
+    if settings.sft.tokens:
+        return ""
     return await fleet.tasks.run(
-        tasks.publish, fleet.run.location, settings, fleet.base_sha256, row.id, sft, hpo, measured
+        tasks.publish, fleet.run.location, settings, fleet.base_sha256, row.id, sft, last, measured
     )
 
 
@@ -94,7 +105,7 @@ def photo_examples(clips: Sequence[Made | ScoredClip], person: Identity) -> list
 
 
 async def evaluate(
-    fleet: Fleet, row: ManifestRow, person: Identity, pairs: tasks.Chosen, sft: AdapterRef, hpo: AdapterRef
+    fleet: Fleet, row: ManifestRow, person: Identity, pairs: tasks.Chosen | None, sft: AdapterRef, hpo: AdapterRef
 ) -> list[str]:
     """The table: base, SFT only and HPO on held-out prompts, the same seeds, measured by networks of their own.
 
@@ -104,21 +115,47 @@ async def evaluate(
     if not (settings.evaluation.clips and settings.evaluation.identity and heldout):
         return []
 
-    def clips(method: str, of: Identity | None, adapter: AdapterRef | None) -> list[Any]:
-        return repository.evaluation_clips(settings, fleet.base_sha256, heldout, person.class_word, method, of, adapter)
+    def clips(
+        method: str, of: Identity | None, adapter: AdapterRef | None, step: int = 0, kind: str = EVALUATION_CLIP
+    ) -> list[Any]:
+        return repository.evaluation_clips(
+            settings, fleet.base_sha256, heldout, person.class_word, method, of, adapter, step, kind
+        )
+
+    own = settings.for_identity(person.overrides)
+    sft_steps, steps = own.sft.steps, own.sft.steps + own.hpo.steps
 
     try:
         await fleet.once(  # made once; then each identity is measured against them
             ("base evaluation", person.class_word),
             lambda: fleet.score(None, f"held-out base ({person.class_word})", clips("base", None, None)),
         )
-        wanted = clips("base", person, None) + clips("sft", person, sft) + clips("hpo", person, hpo)
-        sampled = await asyncio.to_thread(validation_clips, fleet.run, person, pairs.prompt)
+        wanted = clips("base", person, None) + clips("sft", person, sft, sft_steps)
+        sampled = []
+        if pairs:
+            wanted += clips("hpo", person, hpo, steps)
+            sampled = await asyncio.to_thread(validation_clips, fleet.run, person, pairs.prompt)
         await fleet.measure(row, wanted + sampled)
+        kept = await asyncio.to_thread(kept_adapters, fleet.run, person, {"sft": 0, "hpo": sft_steps})
+        curve = [c for method, adapter, step in kept for c in clips(method, person, adapter, step, CURVE_CLIP)]
+        if curve:
+            await fleet.measure(row, curve)
     except MagicIDError as error:
         fleet.set_aside("evaluation", row.id, error)
         return []
     return [clip.clip_id for clip in wanted]
+
+
+def kept_adapters(run: Run, person: Identity, before: dict[str, int]) -> list[tuple[str, AdapterRef, int]]:
+    """(stage, adapter, training steps in all) of what the trainer kept on its way; `before` each stage were so many."""
+    found = []
+    for stage, earlier in before.items():
+        folder = training_uri(person.identity_id, stage, "steps")
+        for file in storage.list_files(run.path(folder), ".safetensors"):
+            name = file.rsplit("/", 1)[-1]
+            adapter = AdapterRef(f"{folder}/{name}", storage.sha256_bytes(storage.read_bytes(file)))
+            found.append((stage, adapter, earlier + int(name.removesuffix(".safetensors").removeprefix("step-"))))
+    return found
 
 
 def validation_clips(run: Run, person: Identity, prompt: str) -> list[Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from magicid import schema
 from magicid.run import Run, rows_folder
-from magicid.schema import EVALUATION_CLIP, VALIDATION_CLIP, Made, MetricRow, ScoredClip, to_row
+from magicid.schema import CURVE_CLIP, EVALUATION_CLIP, VALIDATION_CLIP, Made, MetricRow, ScoredClip, to_row
 from magicid.storage import sha256_json
 
 LAST_KIND = "last"  # of the row that an idle source sends: the pass may end
@@ -30,7 +30,7 @@ class Finished:
 
 def is_measured(clip: schema.Clip) -> bool:
     """Whether a clip is compared with one person by the table's metrics, and has a MetricRow."""
-    return clip.kind in (EVALUATION_CLIP, VALIDATION_CLIP) and clip.identity_id is not None
+    return clip.kind in (EVALUATION_CLIP, VALIDATION_CLIP, CURVE_CLIP) and clip.identity_id is not None
 
 
 def failure(clip: ScoredClip) -> str | None:

@@ -60,6 +60,8 @@ def summarise(fleet: Fleet, manifest: str, report: str) -> int:
     if measured:
         console.print(table.render(table.table(measured)))
     for record in shown:
+        if not record.adapter:  # extended tokens: measured, not published
+            continue
         location = fleet.run.path("adapters", record.identity_id, str(record.adapter))
         console.print(f"adapter  {_short(location)}", soft_wrap=True, highlight=False)
     if len(done) > len(shown):

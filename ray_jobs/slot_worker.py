@@ -23,8 +23,10 @@ from magicid.training.engine import create_engine
 from magicid.training.hpo import train_hpo
 from magicid.training.loggers import Curves
 from magicid.training.loop import LogRow, TrainingResult
+from magicid.training.lora import LoraState
 from magicid.training.pairs import PairStore, read_latents, read_text
-from magicid.training.sft import train_sft
+from magicid.training.sft import first_frames, train_sft
+from magicid.training.tokens import TOKENS, train_tokens
 from ray_jobs import watchdog
 from ray_jobs.queue import Task
 from ray_jobs.stages import device, limit_threads
@@ -65,7 +67,9 @@ class SlotWorker:
         self._alive()
         try:
             progress(0, {})
-            result = stage(task, recipe, CheckpointStore(folder, name), _Watch(progress, self._alive, curves))
+            steps = recipe.sft.steps if name == "sft" else recipe.hpo.steps
+            watch = _Watch(progress, self._alive, curves, self._keeper(task, recipe, steps))
+            result = stage(task, recipe, CheckpointStore(folder, name), watch)
             sha256 = self._write(identity_id, name, result) if self.engine.rank == 0 else ""
         finally:
             watchdog.start_time_limit(0)
@@ -88,7 +92,14 @@ class SlotWorker:
     def _sft(self, task: Task, recipe: Recipe, checkpoints: CheckpointStore, watch: _Watch) -> TrainingResult:
         examples = task.payload["examples"]
         clips = {example["clip_id"]: read_latents(self.run.location, example["latents_uri"]) for example in examples}
+        clips = {clip_id: first_frames(latents, recipe.sft.frames) for clip_id, latents in clips.items()}
         text = read_text(self.run.location, examples[0]["text_uri"])
+        if recipe.sft.tokens:
+            self.engine.reset(None, None, learning_rate=0.0, weight_decay=0.0, max_grad_norm=1.0, seed=0)  # no effect
+            return train_tokens(
+                self.backbone, clips, text, recipe.sft, recipe.trainer, device=self.engine.device, on_log=watch.log,
+                on_step=watch.step,
+            )  # fmt: skip
         return train_sft(
             self.engine, self.backbone, clips, text, recipe.sft, recipe.trainer, checkpoints,
             on_log=watch.log, on_step=watch.step,
@@ -120,10 +131,28 @@ class SlotWorker:
 
         storage.write_table(path("log.parquet"), list(result.history), log_schema(result.history))
         storage.write_bytes(path(RAW_FILE), safetensors.torch.save(result.lora_state))
-        published = self.backbone.lora_state_dict(result.lora_state)
-        return storage.write_bytes(
-            path(WEIGHTS_FILE), adapters.to_bytes(published, self.recipe.lora.rank, self.recipe.lora.alpha)
-        )
+        return storage.write_bytes(path(WEIGHTS_FILE), self._published(result.lora_state))
+
+    def _published(self, state: LoraState) -> bytes:
+        """The file that the sampler loads."""
+        if TOKENS in state:
+            return safetensors.torch.save(state)
+        named = self.backbone.lora_state_dict(state)
+        return adapters.to_bytes(named, self.recipe.lora.rank, self.recipe.lora.alpha)
+
+    def _keeper(self, task: Task, recipe: Recipe, steps: int) -> Callable[[int], None]:
+        """Keeps the adapter every `evaluation.every` steps, for curves; the last step has a file of its own."""
+        every = 0 if recipe.sft.tokens else recipe.evaluation.every
+        identity_id, stage = task.payload["identity_id"], task.payload["stage"]
+
+        def keep(step: int) -> None:
+            if every and step % every == 0 and step < steps:
+                state = self.engine.lora_state()
+                if self.engine.rank == 0:
+                    uri = training_uri(identity_id, stage, f"steps/step-{step:06d}.safetensors")
+                    storage.write_bytes(self.run.path(uri), self._published(state))
+
+        return keep
 
 
 def log_schema(history: list[LogRow]) -> pa.Schema:
@@ -135,8 +164,10 @@ def log_schema(history: list[LogRow]) -> pa.Schema:
 class _Watch:
     """Joins what the loop tells: the log row every few steps, the step number at each."""
 
-    def __init__(self, progress: OnProgress, alive: Callable[[], None], curves: Curves) -> None:
-        self.progress, self.alive, self.curves = progress, alive, curves
+    def __init__(
+        self, progress: OnProgress, alive: Callable[[], None], curves: Curves, keep: Callable[[int], None]
+    ) -> None:
+        self.progress, self.alive, self.curves, self.keep = progress, alive, curves, keep
         self.metrics: dict[str, float] = {}
 
     def log(self, row: LogRow) -> None:
@@ -145,4 +176,5 @@ class _Watch:
 
     def step(self, step: int) -> None:
         self.alive()
+        self.keep(step)
         self.progress(step, self.metrics)

@@ -37,7 +37,7 @@ from magicid.generation import Generator
 from magicid.photos import read_image
 from magicid.recipe import Recipe
 from magicid.run import Run
-from magicid.schema import EVALUATION_CLIP, VALIDATION_CLIP, Clip, Made, MetricRow, ScoredClip
+from magicid.schema import CURVE_CLIP, EVALUATION_CLIP, VALIDATION_CLIP, Clip, Made, MetricRow, ScoredClip
 from magicid.weights import resolve
 from ray_jobs import watchdog
 from ray_jobs.keeping import LAST_KIND, Finished, is_measured, keep
@@ -120,7 +120,7 @@ class Scorer(Stage):
 
     def concerns(self, row: ScoredClip) -> bool:
         """Whether this stage looks at the clip."""
-        return row.kind not in (EVALUATION_CLIP, VALIDATION_CLIP, LAST.kind)
+        return row.kind not in (EVALUATION_CLIP, VALIDATION_CLIP, CURVE_CLIP, LAST.kind)
 
     def passed(self, row: ScoredClip) -> Any:
         """What comes out for a clip that is not this stage's."""
@@ -303,17 +303,10 @@ class MeasureClips(Scorer):
         return Finished(row, schema.from_row(MetricRow, {**self._asked(row), **empty, **sizes, "error": why}))
 
     def _asked(self, row: ScoredClip) -> dict[str, Any]:
-        names = ("clip_id", "identity_id", "method", "prompt", "seed", "video_uri")
+        names = ("clip_id", "identity_id", "method", "prompt", "seed", "video_uri", "step")
         adapter = {"base_sha256": self.base_sha256, "adapter_sha256": row.adapter_sha256 or ""}
-        return {name: getattr(row, name) for name in names} | adapter | self._trained(row)
-
-    def _trained(self, row: ScoredClip) -> dict[str, Any]:
-        """How long the adapter behind a clip was trained, and from which seed."""
-        sft, hpo = self.recipe.sft, self.recipe.hpo
-        if row.kind == VALIDATION_CLIP:
-            return {"step": sft.steps + row.seed, "train_seed": hpo.seed}
-        steps = {"sft": sft.steps, "hpo": sft.steps + hpo.steps}
-        return {"step": steps.get(row.method, 0), "train_seed": hpo.seed if row.method == "hpo" else sft.seed}
+        seed = {"sft": self.recipe.sft.seed, "hpo": self.recipe.hpo.seed}.get(row.method, 0)
+        return {name: getattr(row, name) for name in names} | adapter | {"train_seed": seed}
 
 
 def reason(error: Exception) -> str:

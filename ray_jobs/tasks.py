@@ -74,7 +74,9 @@ def publish(
         measured: ids of the clips its metrics are taken from.
     """
     where = Run(run)
-    person, pairs = where.identity(identity_id), where.read(f"pairs/{identity_id}.parquet", Pair)
+    name = f"pairs/{identity_id}.parquet"
+    person = where.identity(identity_id)
+    pairs = where.read(name, Pair) if recipe.hpo.steps and where.has(name) else []
     rows = where.read_parts(f"evaluation/{identity_id}", MetricRow, without=("video_features",))
     metrics = {row.clip_id: row for row in sorted(rows, key=lambda row: row.error is None)}  # the good ones last
     manifest = adapters.AdapterManifest(
@@ -86,7 +88,9 @@ def publish(
         alpha=recipe.lora.alpha,
         pairs_sha256=storage.sha256_json([pair.pair_id for pair in pairs]),
         reference_sha256=sft.sha256,
-        metrics=table.summary([metrics[name] for name in measured if name in metrics], identity_id, "hpo"),
+        metrics=table.summary(
+            [metrics[clip] for clip in measured if clip in metrics], identity_id, "hpo" if pairs else "sft"
+        ),
     )
     return adapters.publish(run, identity_id, storage.read_bytes(where.path(hpo.uri)), manifest).version
 

@@ -282,3 +282,33 @@ def test_thousands_of_clips_are_selected_quickly() -> None:
     matrix = rng.normal(size=(4000, 3))
     assert 0 < upper_front(matrix).sum() < 400
     assert 0 < lower_front(matrix).sum() < 400
+
+
+# --- fewer rewards: the rows of Table 3
+
+
+def test_by_identity_alone_all_clips_are_in_one_order() -> None:
+    clips = [clip("s", "V_id", 0.9, motion=None, semantics=None), clip("b", "V_s", 0.1, motion=9.0, semantics=None)]
+    clips += [clip(f"t{i}", "V_t", r, motion=None, semantics=None) for i, r in enumerate((0.2, 0.3, 0.6))]
+    found = select_pairs("ann", clips, rules(rewards="id", motion_tolerance=0.0, dynamic_pairs=4)).pairs
+    assert names(found, "P_id") == [("s", "b")]  # no tolerance where motion does not count
+    assert names(found, "P_dy") == [("t2", "b"), ("t2", "t0"), ("t2", "t1"), ("t1", "b")]
+
+
+def test_without_the_prompt_reward_two_decide() -> None:
+    # fast dominates slow in identity and motion, and is the worse in the prompt
+    clips = [
+        clip("fast", "V_t", 0.6, 2.0, 1.0),
+        clip("slow", "V_t", 0.5, 1.0, 9.0),
+        clip("none", "V_t", 0.4, 0.5, None),
+    ]
+    assert names(select_pairs("ann", clips, rules(rewards="id+dy")).pairs, "P_dy") == [("fast", "none")]
+    both = select_pairs("ann", clips, rules(rewards="all"))
+    assert ("fast", "slow") in names(both.pairs, "P_dy")  # neither dominates: each is on both fronts
+    assert [rejected.name for rejected in both.dropped if rejected.kind == "clip"] == ["none"]
+
+
+def test_one_kind_of_pair_alone() -> None:
+    clips = [clip("s", "V_id", 0.9), clip("b", "V_s", 0.1), clip("t", "V_t", 0.5, 2.0, 9.0)]
+    assert {p.kind for p in select_pairs("ann", clips, rules(dynamic_pairs=0)).pairs} == {"P_id"}
+    assert {p.kind for p in select_pairs("ann", clips, rules(static_pairs=0)).pairs} == {"P_dy"}

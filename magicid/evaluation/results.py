@@ -23,6 +23,7 @@ MEASURES = (
     "temporal_flickering", "warp_error", "temporal_consistency", "clip_t", "clip_i", "action", "place", "prompt_score",
 )  # fmt: skip
 """The columns that have a mean; the Fréchet distance is one of sets."""
+_OF_A_RUN = ("evaluation", "curve")
 BY = ("method", "setting", "step")
 
 
@@ -68,9 +69,8 @@ def read(locations: Iterable[str]) -> list[MetricRow]:
 def _files(location: str) -> list[str]:
     if location.endswith((".parquet", ".jsonl")):
         return [location]
-    inside = storage.join(location, "evaluation")
-    folder = inside if storage.list_files(inside) else location
-    files = [file for file in storage.list_files(folder) if file.endswith((".parquet", ".jsonl"))]
+    found = [file for name in _OF_A_RUN for file in storage.list_files(storage.join(location, name))]
+    files = [file for file in found or storage.list_files(location) if file.endswith((".parquet", ".jsonl"))]
     if not files:
         raise StorageError(f"{location} holds no results", "give a run directory, or .parquet or .jsonl files of rows")
     return files

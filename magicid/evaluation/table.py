@@ -10,18 +10,17 @@ import rich.table
 from rich.text import Text
 
 from magicid.evaluation.intervals import LEVEL, bootstrap
+from magicid.evaluation.names import MEASURES as MEASURE_NAMES
+from magicid.evaluation.names import METHODS as METHOD_NAMES
+from magicid.evaluation.results import MEASURES
 from magicid.schema import MetricRow
 
-METRICS = ("face_sim", "face_detect_rate", "dynamic_magnitude", "prompt_score")
+METRICS = MEASURES
 SHOWN = ("face_sim", "dynamic_magnitude", "prompt_score")  # in a terminal
 METHODS = ("base", "sft", "hpo")
-NAMES = {"base": "base model", "sft": "SFT only", "hpo": "HPO"}
-TITLES = {
-    "face_sim": "face_sim",
-    "face_detect_rate": "faces found",
-    "dynamic_magnitude": "dynamic_magnitude",
-    "prompt_score": "prompt score",
-}
+NAMES = {name: METHOD_NAMES[name] for name in METHODS}
+DIGITS = {"dynamic_magnitude": 2, "head_motion": 2, "warp_error": 2, "clip_t": 2, "clip_i": 2}  # others: 3
+TITLES = {**MEASURE_NAMES, "dynamic_magnitude": "dynamic_magnitude", "head_motion": "head motion"}
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,18 @@ def render(estimates: Sequence[Estimate]) -> rich.table.Table:
     return drawn
 
 
+def measured(estimates: Sequence[Estimate]) -> tuple[str, ...]:
+    """The metrics that any clip has, in their order; face_sim always."""
+    there = {e.metric for e in estimates if e.mean is not None} | {"face_sim"}
+    return tuple(metric for metric in METRICS if metric in there)
+
+
 def markdown(estimates: Sequence[Estimate]) -> str:
-    """The table as Markdown, ending with a new line."""
-    heads = ["identity", "method", "N", *(TITLES[metric] for metric in METRICS)]
+    """The table as Markdown, ending with a new line; metrics that no clip has are left out."""
+    metrics = measured(estimates)
+    heads = ["identity", "method", "N", *(TITLES[metric] for metric in metrics)]
     lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
-    lines += [[identity_id, method, clips, *cells] for identity_id, method, clips, cells in _lines(estimates, METRICS)]
+    lines += [[identity_id, method, clips, *cells] for identity_id, method, clips, cells in _lines(estimates, metrics)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -129,7 +135,7 @@ def _cell(estimate: Estimate, digits: int | None = None) -> str:
     nulls = f" ({estimate.nulls} null)" if estimate.nulls else ""
     if estimate.mean is None:
         return f"–{nulls}"
-    digits = digits or (2 if estimate.metric == "dynamic_magnitude" else 3)
+    digits = digits or DIGITS.get(estimate.metric, 3)
     interval = ""
     if estimate.low is not None and estimate.high is not None:
         interval = f" [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"

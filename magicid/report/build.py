@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from magicid.evaluation.table import METHODS, METRICS, table
+from magicid.evaluation.table import METHODS, table
 from magicid.report import comparison, curves, pareto
 from magicid.report.media import Media, Video
 from magicid.report.reading import STAGES, Contents, Person, read
@@ -92,7 +92,7 @@ def build_report(run: Run, limit: int = 50) -> str:
         lines=lines,
         headline=headline,
         sentences=sentences,
-        metrics=[comparison.METRIC_NAMES[metric] for metric in METRICS],
+        metrics=[comparison.METRIC_NAMES[metric] for metric in comparison.shown(pooled + estimates)],
         method_names=comparison.METHOD_NAMES,
         stage_names={"sft": "SFT", "hpo": "HPO"},
         pairs=sum(len(person.pairs or []) for person in contents.people),
@@ -161,7 +161,10 @@ def _shot(method: str, row: MetricRow | None, media: Media) -> Shot:
         return Shot(method, "no clip")
     if row.video_uri is None:
         return Shot(method, row.error or "no clip")
-    values = [("face_sim", row.face_sim, 2), ("motion", row.dynamic_magnitude, 1), ("prompt", row.prompt_score, 2)]
+    values = [
+        ("face_sim", row.face_sim, 2), ("flow", row.dynamic_magnitude, 1), ("head", row.head_motion, 1),
+        ("prompt", row.prompt_score, 2),
+    ]  # fmt: skip
     caption = " · ".join(f"{name} {value:.{digits}f}" for name, value, digits in values if value is not None)
     return Shot(method, media.video(row.video_uri), caption or row.error or "not measured")
 

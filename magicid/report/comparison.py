@@ -6,18 +6,17 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from magicid.evaluation.table import METHODS, METRICS, Estimate
+from magicid.evaluation.table import DIGITS, METHODS, NAMES, TITLES, Estimate, measured
 from magicid.schema import MetricRow
 
-METHOD_NAMES = {"base": "base model", "sft": "SFT only", "hpo": "HPO"}
-METRIC_NAMES = {
-    "face_sim": "face_sim",
-    "face_detect_rate": "faces found",
-    "dynamic_magnitude": "dynamic_magnitude",
-    "prompt_score": "prompt score",
-}
+METHOD_NAMES = NAMES
+METRIC_NAMES = TITLES
+REPORTED = (
+    "face_sim", "face_detect_rate", "dynamic_magnitude", "head_motion", "temporal_flickering", "temporal_consistency",
+    "clip_t", "clip_i", "action", "prompt_score",
+)  # fmt: skip
 EVERYBODY = "all together"  # has a space, so it is no identity's id
-JUDGED = ("face_sim", "dynamic_magnitude", "prompt_score")
+JUDGED = ("face_sim", "dynamic_magnitude", "head_motion", "prompt_score")
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the table; `cells` in the order of METRICS, null where nothing was measured."""
+    """One row of the table; `cells` in the order of `shown`, null where nothing was measured."""
 
     identity_id: str
     method: str
@@ -54,15 +53,21 @@ def separated(a: Estimate | None, b: Estimate | None) -> int:
     return int(a.low > b.high) - int(a.high < b.low)
 
 
+def shown(estimates: Sequence[Estimate]) -> list[str]:
+    """The metrics of the page's tables: those of REPORTED that any clip has. The manifests have all of them."""
+    return [metric for metric in measured(estimates) if metric in REPORTED]
+
+
 def lines(estimates: Sequence[Estimate]) -> list[Line]:
     """The rows of the table."""
     by_key = {(e.identity_id, e.method, e.metric): e for e in estimates}
-    axes = {metric: _axis([e for e in estimates if e.metric == metric]) for metric in METRICS}
+    metrics = shown(estimates)
+    axes = {metric: _axis([e for e in estimates if e.metric == metric]) for metric in metrics}
     rows = []
     for identity_id, method in dict.fromkeys((e.identity_id, e.method) for e in estimates):
         cells: list[Cell | None] = []
         clips = 0
-        for metric in METRICS:
+        for metric in metrics:
             estimate = by_key.get((identity_id, method, metric))
             others = {m: by_key.get((identity_id, m, metric)) for m in METHODS if m != method}
             cells.append(_cell(estimate, others, *axes[metric]) if estimate else None)
@@ -144,7 +149,7 @@ def _axis(estimates: Sequence[Estimate]) -> tuple[float, float]:
 def _cell(e: Estimate, others: dict[str, Estimate | None], low: float, high: float) -> Cell:
     if e.mean is None:
         return Cell("–", "no clip has it", e.n, e.nulls, 0, 0, -1, {})
-    digits = 2 if e.metric == "dynamic_magnitude" else 3
+    digits = DIGITS.get(e.metric, 3)
     has_interval = e.low is not None and e.high is not None
     interval = f"{e.low:.{digits}f} to {e.high:.{digits}f}" if has_interval else "no interval"
     first = e.low if e.low is not None else e.mean

@@ -18,6 +18,8 @@ from magicid.training.loop import LogRow, Progress, TrainingResult, repeat_text,
 from magicid.training.loss import velocity_error
 from magicid.training.pairs import Visit, draw, generator, rank_slice
 
+FRAMES_PER_LATENT = 4  # of every backbone here; `Sampling` takes no other lengths
+
 
 def train_sft(
     engine: Engine,
@@ -55,7 +57,7 @@ def train_sft(
     )
     for step in range(start, settings.steps):
         began = time.perf_counter()
-        batch = rank_slice(_batch(list(clips), settings, step), engine.rank, engine.world_size)
+        batch = rank_slice(batch_of_step(list(clips), settings, step), engine.rank, engine.world_size)
         sums = torch.zeros(1, dtype=torch.float64)
         for part in progress.micro_batches(batch):
             loss, weights = _forward(engine, backbone, clips, text, part, settings, trainer)
@@ -69,7 +71,15 @@ def train_sft(
     return progress.result(settings.steps)
 
 
-def _batch(clip_ids: list[str], settings: recipe.Sft, step: int) -> list[Visit]:
+def first_frames(latents: Tensor, frames: int) -> Tensor:
+    """The latents (C, F', H, W) of a photo clip's first frames; 0: all of them.
+
+    The VAEs are causal and a photo clip stands still, so they are those of a shorter photo clip; 1 is a single frame.
+    """
+    return latents[:, : (frames - 1) // FRAMES_PER_LATENT + 1] if frames else latents
+
+
+def batch_of_step(clip_ids: list[str], settings: recipe.Sft, step: int) -> list[Visit]:
     """The global batch of a step: seeded permutations of all clips, one after the other."""
     visits = []
     for index in range(step * settings.batch_size, (step + 1) * settings.batch_size):

@@ -348,6 +348,7 @@ class TinyI3D(torch.nn.Module):
         return x.mean((2, 3, 4)) / 255
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_i3d_comes_from_a_folder(tmp_path) -> None:
     torch.jit.save(torch.jit.script(TinyI3D()), str(tmp_path / "i3d_torchscript.pt"))
     frames = np.zeros((10, 8, 8, 3), np.uint8)

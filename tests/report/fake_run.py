@@ -146,7 +146,9 @@ def _measured(run: Run, person: Identity, method: str, k: int, rng: np.random.Ge
         face_sim=None if method == "base" and k == 2 else face + float(rng.normal(0, 0.06)),
         face_detect_rate=1.0 if k else 0.75, dynamic_magnitude=motion * float(rng.lognormal(0, 0.2)),
         prompt_score=float(np.clip(prompt + rng.normal(0, 0.2), 0, 1)), fps=FPS, frames=FRAMES, height=SIDE, width=SIDE,
-        video_uri=uri,
+        video_uri=uri, face_sim_missing0=face, dynamic_degree=1.0, head_motion=motion / 5 + float(rng.normal(0, 0.1)),
+        temporal_flickering=0.97 - motion / 500, warp_error=3.0, temporal_consistency=0.98, action=float(k % 3 > 0),
+        place=1.0, step={"base": 0, "sft": 60}.get(method, 160),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from magicid import storage
 from magicid.clips import decode_mp4, encode_mp4
 from magicid.evaluation.table import Estimate, table
 from magicid.report import build_report, comparison, curves, media, svg
+from magicid.report.comparison import REPORTED, shown
 from magicid.report.pareto import fronts
 from magicid.run import Run, identity_uri
 from magicid.schema import Identity, MetricRow, Pair, Rejected
@@ -34,8 +35,16 @@ def page(run: Run) -> str:
 
 
 def test_the_numbers_of_the_table_are_in_the_page(run: Run, page: str) -> None:
-    for estimate in table(run.read_parts("evaluation", MetricRow)):
-        digits = 2 if estimate.metric == "dynamic_magnitude" else 3
+    estimates = table(run.read_parts("evaluation", MetricRow))
+    names = shown(estimates)
+    assert [metric for metric in REPORTED if metric in names] == names
+    assert {"head_motion", "temporal_flickering", "action"} < set(names)
+    assert "clip_t" not in names  # no clip has it
+    assert page.count("<th>head motion</th>") == page.count("<th>face_sim</th>") > 0
+    for estimate in estimates:
+        if estimate.metric not in names:
+            continue
+        digits = 2 if estimate.metric in ("dynamic_magnitude", "head_motion") else 3
         assert f"<b>{estimate.mean:.{digits}f}</b>" in page
         assert f"{estimate.low:.{digits}f} to {estimate.high:.{digits}f}" in page
     assert "N 6, 1 null" in page  # the base clips without a face
