@@ -121,10 +121,10 @@ class Generator:
         if clip.kind == VALIDATION_CLIP:
             return torch.from_numpy(storage.read_arrays(self.run.path(str(clip.latents_uri)))["latents"])[None]
         self._use_adapter(clip)
-        text = self.backbone.encode_prompts([clip.prompt])
-        return self.backbone.sample_text(
-            with_tokens(text, self._tokens) if self._tokens is not None else text, [clip.seed]
-        )
+        if self._tokens is None:
+            return self.backbone.sample([clip.prompt], [clip.seed])
+        text = with_tokens(self.backbone.encode_prompts([clip.prompt]), self._tokens)
+        return self.backbone.sample_text(text, [clip.seed])
 
     def _photo_latents(self, clip: Clip) -> torch.Tensor:
         sampling = self.recipe.sampling
