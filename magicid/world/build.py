@@ -50,6 +50,7 @@ PARTS = (
     Part("identity_metric", "magicid.world.train_identity", "identity_metric", "recognizer.onnx", "train_metric"),
     Part("classifier", "magicid.world.train_classifier", "classifier", "model.safetensors"),
     Part("pose", "magicid.world.train_pose", "pose", "model.safetensors"),
+    Part("pose", "magicid.world.train_pose", "pose", "model.safetensors"),
     Part("motion", "magicid.world.train_motion", "motion", "model.safetensors"),
     Part("prompt", "magicid.world.train_prompt", "prompt", "model.safetensors"),
     Part("video", "magicid.world.train_video", "video", "model_index.json"),
