@@ -42,7 +42,7 @@ ONE_START_S = 1800  # nor may one start of the job take longer
 # What a run makes and never changes again; the others are the driver's own notes.
 _MADE = re.compile(r"(identities|clips|text|scored|pairs|adapters)/|training/[^/]+/[^/]+/(lora|pytorch_lora_weights)\.")
 _NO_WORKER = re.compile("IDLE|DashboardAgent|RuntimeEnvAgent")  # a raylet goes with its agents: that is its own kind
-_UNCHANGED = re.compile(r"\.mp4$|/identity\.parquet$|^(scored|pairs|adapters)/|training/.*/pytorch_lora_weights\.")
+_UNCHANGED = re.compile(r"\.mp4$|^(pairs|adapters)/|training/.*/pytorch_lora_weights\.")
 
 
 @dataclass
