@@ -134,3 +134,10 @@ def test_the_metrics_of_the_recipe(people, clips) -> None:
     assert own["face_detect_rate"] >= 0.8
     assert own["dynamic_magnitude"] > 1
     assert own["error"] is None
+
+
+@pytest.mark.parametrize("name", [pytest.param("motion", marks=shipped("motion"))])
+def test_motion_of_many_clips_is_that_of_each(name: str, clips) -> None:
+    model = MotionReward.from_pretrained(resolve(f"world:{name}"))
+    few = clips.frames[:3]
+    assert model.score_many(few, batch=2) == pytest.approx([model.score(clip) for clip in few], rel=1e-4)

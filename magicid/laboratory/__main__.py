@@ -1,0 +1,36 @@
+"""``python -m magicid.laboratory OUT``: run a study and write its rows."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from magicid import recipe
+from magicid.laboratory.measuring import measuring
+from magicid.laboratory.methods import PLANS
+from magicid.laboratory.study import Study, clock
+from magicid.world.training_loop import choose_device
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line of the laboratory."""
+    parser = argparse.ArgumentParser(prog="python -m magicid.laboratory", description=__doc__)
+    parser.add_argument("out", type=Path, help="folder of the rows; what is finished there is not made again")
+    parser.add_argument("--plan", choices=sorted(PLANS), default="small")
+    parser.add_argument("--recipe", default="face-world")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--workers", type=int, default=None, help="processes that measure; one for each core but one")
+    chosen = parser.parse_args(arguments)
+    say = clock()
+    settings = recipe.load(chosen.recipe)
+    with measuring(settings, chosen.workers) as pool:
+        device = choose_device(chosen.device).type
+        study = Study(PLANS[chosen.plan], settings, pool, chosen.out / chosen.plan, device, say)
+        rows = study.run()
+    folder = chosen.out / chosen.plan
+    say(f"{len(rows)} rows in {folder}; tables and figures: magicid results {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Preference pairs in other readings than the paper's letter, and ideas beyond it; `magicid.selection` has the letter.
+
+caption     a static winner is trained under the SFT caption, not under its loser's action
+dominates   P_dy: the winner is better in all rewards than its loser, not only on the other front
+by-motion   as `dominates`, the largest gaps in R_dy first instead of R_id
+frozen      also a clip of V_t against its own first frame held still: nothing but motion differs
+others      also a clip of V_t against another person's of the same prompt and seed: nothing but the person differs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from magicid import recipe, schema
+from magicid.laboratory.methods import BOTH, Variant
+from magicid.schema import Pair, ScoredClip
+from magicid.selection import DYNAMIC_PAIR, STATIC_PAIR, dominates, select_pairs
+
+CAPTION, DOMINATES, BY_MOTION, FROZEN, OTHERS = "caption", "dominates", "by-motion", "frozen", "others"
+FROZEN_SUFFIX = "/frozen"
+
+
+def make_pairs(
+    variant: Variant,
+    person: str,
+    clips: Sequence[ScoredClip],
+    foreign: Sequence[ScoredClip],
+    settings: recipe.Selection,
+    caption: str,
+) -> list[Pair]:
+    """The pairs of one adapter.
+
+    Args:
+        clips: V_s, and its V_t and V_id, with R_id against the person.
+        foreign: V_t of the other people, of the same training seed.
+        caption: of the SFT.
+    """
+    pairs = [p for p in select_pairs(person, clips, settings).pairs if variant.pairs in (BOTH, p.kind)]
+    if CAPTION in variant.readings:
+        pairs = [dataclasses.replace(p, prompt=caption) if p.kind == STATIC_PAIR else p for p in pairs]
+    if variant.readings & {DOMINATES, BY_MOTION}:
+        pairs = [p for p in pairs if p.kind == STATIC_PAIR]
+        if variant.pairs != STATIC_PAIR:
+            pairs += _dominating(person, clips, settings, by_motion=BY_MOTION in variant.readings)
+    trained = [c for c in clips if c.kind == schema.TRAINED_CLIP]
+    if FROZEN in variant.readings:
+        pairs += [_pair(person, c, c.clip_id + FROZEN_SUFFIX, "frozen") for c in _moving(trained)]
+    if OTHERS in variant.readings:
+        for clip in trained:
+            same = [f for f in foreign if (f.prompt, f.seed) == (clip.prompt, clip.seed)]
+            pairs += [_pair(person, clip, f.clip_id, "others") for f in same[:1]]
+    return pairs
+
+
+def _moving(clips: Sequence[ScoredClip]) -> list[ScoredClip]:
+    """The half that moves more."""
+    return sorted(clips, key=lambda c: -(c.motion_reward or 0.0))[: len(clips) // 2]
+
+
+def _dominating(person: str, clips: Sequence[ScoredClip], settings: recipe.Selection, *, by_motion: bool) -> list[Pair]:
+    sampled = [
+        c
+        for c in clips
+        if c.kind != schema.STATIC_CLIP and None not in (c.identity_reward, c.motion_reward, c.semantics_reward)
+    ]
+    rewards = np.array([[c.identity_reward, c.motion_reward, c.semantics_reward] for c in sampled], dtype=float)
+    better = dominates(rewards[:, None], rewards[None, :])
+    column = rewards[:, 1 if by_motion else 0]
+    gap = column[:, None] - column[None, :]
+    order = sorted(np.argwhere(better).tolist(), key=lambda ij: -gap[ij[0], ij[1]])[: settings.dynamic_pairs]
+    return [_pair(person, sampled[i], sampled[j].clip_id, "dominates") for i, j in order]
+
+
+def _pair(person: str, winner: ScoredClip, loser: str, why: str) -> Pair:
+    return Pair(
+        pair_id=f"{why}/{winner.clip_id}/{loser}", identity_id=person, kind=DYNAMIC_PAIR, rank=0, prompt=winner.prompt,
+        text_uri="", winner_id=winner.clip_id, winner_kind=winner.kind, winner_latents_uri="", winner_rewards=[],
+        loser_id=loser, loser_kind="", loser_latents_uri="", loser_rewards=[],
+    )  # fmt: skip

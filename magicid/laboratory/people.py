@@ -1,0 +1,32 @@
+"""People of the face world who were in no training: photos, and their references for the reward and for the metric."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magicid.world.renderer import render_photos, sample_people
+
+SEED = 880_000  # far from the seeds of every training
+
+
+@dataclass(frozen=True)
+class Person:
+    """One person.
+
+    Attributes:
+        name: `dev-0`, ... for choosing settings, `test-0`, ... for what is reported.
+        photos: uint8 RGB (P, 96, 96, 3).
+    """
+
+    name: str
+    photos: NDArray[np.uint8]
+
+
+def people(group: str, count: int, photos: int = 6) -> list[Person]:
+    """`count` people of the group `dev` or `test`; the groups share nobody."""
+    offset = {"dev": 0, "test": 1}[group]
+    looks = sample_people(count, SEED + offset)
+    return [Person(f"{group}-{i}", render_photos(look, photos, SEED + 10 * i + offset)) for i, look in enumerate(looks)]

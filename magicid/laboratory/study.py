@@ -1,0 +1,324 @@
+"""One study, from the people to the rows: SFT, repository, selection, preference training, held-out clips."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from magicid import schema, weights
+from magicid.backbones import load_backbone
+from magicid.evaluation import results
+from magicid.evaluation.metrics import Sample
+from magicid.laboratory.clips import Bank, Sampler, TextBank, wanted
+from magicid.laboratory.measuring import Measuring
+from magicid.laboratory.methods import Plan, Variant
+from magicid.laboratory.pairs import FROZEN_SUFFIX, make_pairs
+from magicid.laboratory.people import SEED, Person, people
+from magicid.laboratory.population import Stack, StackedLora, take
+from magicid.laboratory.training import Preference, train_hpo, train_sft
+from magicid.prompts import for_class, load_prompts
+from magicid.recipe import Recipe
+from magicid.rewards.dynamics import MotionReward
+from magicid.schema import MetricRow, ScoredClip
+from magicid.selection import with_identity_reward
+from magicid.world import language
+from magicid.world.renderer import render_clips, sample_people
+
+CLASS_WORD = "person"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose adapter it is: the person, the training seed, and the learning rate of the self-reconstruction."""
+
+    person: Person
+    seed: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class Repository:
+    """Scored clips of one adapter: V_s, its V_t and V_id."""
+
+    owner: Owner
+    clips: list[ScoredClip]
+
+
+Say = Callable[[str], None]
+
+
+class Study:
+    """A plan on its way. Finished rows lie in `out` and are not made again.
+
+    Args:
+        recipe: whose settings every variant starts from.
+        out: folder of the rows, one file for each method, setting and step.
+        say: told how far it is.
+    """
+
+    def __init__(
+        self, plan: Plan, recipe: Recipe, measuring: Measuring, out: Path, device: str = "cpu", say: Say = print
+    ) -> None:
+        self.plan, self.recipe, self.measuring, self.out, self._say = plan, recipe, measuring, out, say
+        self.device = torch.device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 on a GPU; nothing changes on a CPU
+        backbone: Any = load_backbone(recipe, parts=("transformer", "vae", "text"), device=device)
+        backbone.transformer.requires_grad_(False)
+        backbone.transformer.eval()
+        adapters = StackedLora(
+            backbone.transformer,
+            str(backbone.lora_target_modules()),
+            rank=recipe.lora.rank,
+            scale=recipe.lora.alpha / recipe.lora.rank,
+        )
+        self.sampler = Sampler(backbone, adapters, TextBank(backbone, self.device), self.device)
+        motion = MotionReward.from_pretrained(weights.resolve(recipe.rewards.motion), device)
+        self.bank = Bank(motion, recipe.sampling.fps)
+        prompts = load_prompts(recipe.prompts)
+        self.training = [for_class(p.text, CLASS_WORD) for p in prompts if p.split == "training"]
+        heldout = [for_class(p.text, CLASS_WORD) for p in prompts if p.split == "heldout"]
+        half = len(heldout) // 2
+        heldout = heldout[:half] if plan.group == "dev" else heldout[half:]
+        if len(heldout) < plan.prompts:
+            raise ValueError(f"{plan.prompts} prompts are wanted, half of the set has {len(heldout)}")
+        self.prompts = heldout[: plan.prompts]
+        self.seeds = [recipe.evaluation.seed + i for i in range(plan.prompts)]
+        self.people = people(plan.group, plan.people)
+        found = measuring.references([person.photos for person in self.people])
+        self.references = {person.name: both for person, both in zip(self.people, found)}
+        rates = plan.sft_rates or (recipe.sft.learning_rate,)
+        self.owners = [Owner(p, seed, rate) for rate in rates for p in self.people for seed in plan.train_seeds]
+        self._base_clips: list[ScoredClip] | None = None
+        self._pending: list[tuple[Path, list[MetricRow], list[Any]]] = []
+
+    # ---- the whole --------------------------------------------------------------------------------------------
+
+    def run(self) -> list[MetricRow]:
+        """All of the plan; returns its rows."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._base()
+        static = [self.sampler.static(owner.person.photos) for owner in self.owners]
+        trained = self._sft("sft", static, self.plan.sft_steps)
+        if self.plan.frames_steps:
+            self._sft("dreambooth", [latents[:, :, :1] for latents in static], self.plan.frames_steps)
+        starts = self._starts()
+        selections = {start: self._repository(start, trained[start], static) for start in starts}
+        self._preferences(trained, selections)
+        return self.finish()
+
+    def finish(self) -> list[MetricRow]:
+        """Wait for what is being measured; all rows so far."""
+        self._collect(wait=True)
+        return results.read([str(self.out)])
+
+    def _starts(self) -> list[int]:
+        return sorted({self._settings(variant).sft.steps for variant in self.plan.variants})
+
+    def _settings(self, variant: Variant) -> Recipe:
+        return self.recipe.with_overrides(dict(variant.overrides))
+
+    # ---- stages -----------------------------------------------------------------------------------------------
+
+    def _base(self) -> None:
+        """Held-out clips of the base model, and the renderer's own of the same people and prompts: the truth."""
+        frames = self.sampler.decode(self.sampler.sample(None, self.prompts, self.seeds))
+        for person in self.people:
+            self._measure("base", "", 0, [(person, 0, self.prompts[i], self.seeds[i], f) for i, f in enumerate(frames)],
+                          key=person.name)  # fmt: skip
+        asked = [language.parse(prompt) for prompt in self.prompts]
+        known = [(i, a, p) for i, (a, p) in enumerate(asked) if a is not None and p is not None]
+        group = {"dev": 0, "test": 1}[self.plan.group]
+        looks = sample_people(self.plan.people, SEED + group)
+        for person, look in zip(self.people, looks):
+            rows, actions, places = zip(*known)
+            clips = render_clips(np.repeat(look[None], len(rows), 0), actions, places, [self.seeds[i] for i in rows])
+            self._measure(
+                "renderer", "", 0,
+                [(person, 0, self.prompts[i], self.seeds[i], f) for i, f in zip(rows, clips.frames)], key=person.name,
+            )  # fmt: skip
+
+    def _sft(self, method: str, static: Sequence[torch.Tensor], at: Sequence[int]) -> dict[int, Stack]:
+        fresh = self.sampler.adapters.initial([owner.seed for owner in self.owners], self.device)
+        at = sorted({*at, *(self._starts() if method == "sft" else ())})
+        caption = for_class(self.recipe.sft.prompt, CLASS_WORD)
+        trained = train_sft(
+            self.sampler, fresh, static, [caption] * len(static), self.recipe.sft, self.recipe.trainer.shift, at,
+            self._tick, [owner.rate for owner in self.owners],
+        )  # fmt: skip
+        for step, weights_ in trained.items():
+            for rate in dict.fromkeys(owner.rate for owner in self.owners):
+                members = [k for k, owner in enumerate(self.owners) if owner.rate == rate]
+                setting = f"sft.learning_rate={rate:g}" if self.plan.sft_rates else ""
+                self._held_out(method, setting, step, take(weights_, members), members)
+        return trained
+
+    def _repository(self, start: int, trained: Stack, static: Sequence[torch.Tensor]) -> list[Repository]:
+        settings, caption = self.recipe.repository, for_class(self.recipe.sft.prompt, CLASS_WORD)
+        if self._base_clips is None:
+            prompts = [self.training[i % len(self.training)] for i in range(settings.base_clips)]
+            seeds = [settings.seed + i for i in range(settings.base_clips)]
+            clips = wanted(schema.BASE_CLIP, None, prompts, seeds)
+            self._base_clips = self._scored(clips, self.sampler.sample(None, prompts, seeds))
+        prompts = [self.training[i % len(self.training)] for i in range(settings.trained_clips)]
+        seeds = [settings.seed + 1000 + i for i in range(settings.trained_clips)]
+        sampled = self.sampler.sample(trained, prompts, seeds).unflatten(0, (len(self.owners), -1))
+        clips, latents = [], []
+        for k, owner in enumerate(self.owners):
+            training, photos = f"{start}/{owner.seed}/{owner.rate:g}", len(static[k])
+            clips += wanted(schema.TRAINED_CLIP, owner.person.name, prompts, seeds, training=training)
+            clips += wanted(schema.STATIC_CLIP, owner.person.name, [caption] * photos, [0] * photos, training=training)
+            latents += [sampled[k], static[k]]
+        scored = self._scored(clips, torch.cat(latents), freeze=True)
+        self._say(f"repository after {start} SFT steps: {len(scored)} clips")
+        found, position = [], 0
+        for k, owner in enumerate(self.owners):
+            count = len(prompts) + len(static[k])
+            mine = [*self._base_clips, *scored[position : position + count]]
+            references = self.references[owner.person.name][0]
+            found.append(Repository(owner, with_identity_reward(mine, references)))
+            position += count
+        return found
+
+    def _preferences(self, trained: Mapping[int, Stack], repositories: Mapping[int, list[Repository]]) -> None:
+        """Train all variants of all adapters in one batch."""
+        trainings: list[tuple[Variant, int, int]] = []  # variant, start, adapter
+        preferences: list[Preference] = []
+        caption = for_class(self.recipe.sft.prompt, CLASS_WORD)
+        for variant in self.plan.variants:
+            settings = self._settings(variant)
+            start = settings.sft.steps
+            for k, repository in enumerate(repositories[start]):
+                owner = repository.owner
+                if owner.rate != settings.sft.learning_rate:
+                    continue
+                foreign = [
+                    clip
+                    for other in repositories[start]
+                    if (other.owner.seed, other.owner.rate) == (owner.seed, owner.rate) and other is not repository
+                    for clip in other.clips
+                    if clip.kind == schema.TRAINED_CLIP
+                ]
+                pairs = make_pairs(variant, owner.person.name, repository.clips, foreign, settings.selection, caption)
+                if not pairs:
+                    self._say(f"{variant.method} {variant.setting}: {owner.person.name} has no pairs")
+                    continue
+                trainings.append((variant, start, k))
+                preferences.append(Preference(pairs, settings.hpo))
+        if not preferences:
+            return
+        rows = [take(trained[start], [k]) for _, start, k in trainings]
+        reference = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        self._say(f"preference training of {len(preferences)} adapters")
+        made = train_hpo(
+            self.sampler, reference, preferences, self.bank, self.recipe.sampling.guidance_scale,
+            self.recipe.trainer.shift, self.plan.hpo_steps, self._tick,
+        )  # fmt: skip
+        for steps, population in made.items():
+            for variant in self.plan.variants:
+                members = [(i, k) for i, (v, _, k) in enumerate(trainings) if v is variant]
+                if members:
+                    start = self._settings(variant).sft.steps
+                    own = take(population, [i for i, _ in members])
+                    self._held_out(variant.method, variant.setting, start + steps, own, [k for _, k in members],
+                                   long=steps == max(self.plan.hpo_steps))  # fmt: skip
+
+    # ---- clips ------------------------------------------------------------------------------------------------
+
+    def _scored(self, clips: Sequence[ScoredClip], latents: torch.Tensor, freeze: bool = False) -> list[ScoredClip]:
+        """Scored clips, their latents kept; with `freeze` also those of their first frames held still."""
+        frames = self.sampler.decode(latents)
+        if freeze:
+            for start in range(0, len(frames), 60):
+                still = np.repeat(frames[start : start + 60, :1], frames.shape[1], axis=1)
+                names = [clip.clip_id + FROZEN_SUFFIX for clip in clips[start : start + 60]]
+                self.bank.add(names, self.sampler.backbone.encode_video(still))
+        return self.bank.score(self.measuring, clips, latents, frames)
+
+    def _held_out(
+        self,
+        method: str,
+        setting: str,
+        step: int,
+        population: Stack,
+        members: Sequence[int] | None = None,
+        *,
+        long: bool = False,
+    ) -> None:
+        """Sample the held-out prompts from adapters and begin to measure them; longer clips from the first ones."""
+        owners = [self.owners[k] for k in (members if members is not None else range(len(self.owners)))]
+        lengths: list[int | None] = [None]
+        last = method != "hpo" and step == max((*self.plan.sft_steps, *self.plan.frames_steps))
+        if not setting and ((method == "hpo" and long) or (method in ("sft", "dreambooth") and last)):
+            lengths += self.plan.lengths
+        for frames in lengths:
+            if (self.out / f"{_name(method, setting, step, frames)}.parquet").exists():
+                continue
+            prompts = self.prompts if frames is None else self.prompts[: max(1, len(self.prompts) // 4)]
+            seeds = self.seeds[: len(prompts)]
+            clips = self.sampler.decode(self.sampler.sample(population, prompts, seeds, frames=frames))
+            asked = [(o.person, o.seed, prompts[i], seeds[i]) for o in owners for i in range(len(prompts))]
+            self._measure(method, setting, step, [(*a, f) for a, f in zip(asked, clips)], key=_length(frames))
+        self._collect()
+
+    def _measure(
+        self,
+        method: str,
+        setting: str,
+        step: int,
+        clips: Sequence[tuple[Person, int, str, int, NDArray[np.uint8]]],
+        key: str = "",
+    ) -> None:
+        name = "-".join(part for part in (_name(method, setting, step, None), key) if part)
+        file = self.out / f"{name}.parquet"
+        if file.exists():
+            return
+        samples, rows = [], []
+        for person, train_seed, prompt, seed, frames in clips:
+            samples.append(Sample(frames, self.recipe.sampling.fps, prompt, self.references[person.name][1]))
+            rows.append(
+                MetricRow(
+                    clip_id="/".join(map(str, (method, setting, step, person.name, train_seed, seed, len(frames)))),
+                    identity_id=person.name, method=method, prompt=prompt, seed=seed, face_sim=None,
+                    face_detect_rate=None, dynamic_magnitude=None, prompt_score=None, fps=0, frames=0, height=0,
+                    width=0, video_uri=None, train_seed=train_seed, step=step, setting=setting,
+                    base_sha256=self.sampler.backbone.base_sha256,
+                )
+            )  # fmt: skip
+        self._pending.append((file, rows, self.measuring.metrics(samples)))
+
+    def _collect(self, wait: bool = False) -> None:
+        """Write the rows of what is measured."""
+        left = []
+        for file, rows, futures in self._pending:
+            if not wait and not all(future.done() for future in futures):
+                left.append((file, rows, futures))
+                continue
+            columns = [one for future in futures for one in future.result()]
+            results.write(str(file), [dataclasses.replace(row, **values) for row, values in zip(rows, columns)])
+        self._pending = left
+
+    def _tick(self, stage: str, step: int, loss: float) -> None:
+        self._say(f"{stage} {step}: loss {loss:.4f}")
+
+
+def _length(frames: int | None) -> str:
+    return f"{frames}frames" if frames else ""
+
+
+def _name(method: str, setting: str, step: int, frames: int | None) -> str:
+    parts = (method, setting.replace(", ", "+").replace("=", "-"), f"{step:04d}", _length(frames))
+    return "-".join(part for part in parts if part)
+
+
+def clock() -> Say:
+    """Says things with the seconds since it was made."""
+    began = time.monotonic()
+    return lambda text: print(f"[{time.monotonic() - began:6.1f} s] {text}", flush=True)

@@ -1,0 +1,65 @@
+"""Other readings of the pairs, on clips whose rewards are written down by hand."""
+
+from __future__ import annotations
+
+from magicid import recipe, schema
+from magicid.laboratory.methods import BOTH, ONLY_STATIC, Variant
+from magicid.laboratory.pairs import make_pairs
+from magicid.schema import ScoredClip
+
+CAPTION = "a person"
+SETTINGS = recipe.load("face-world").selection
+
+
+def clip(name: str, kind: str, identity: float, motion: float, semantics: float, **more: object) -> ScoredClip:
+    owner = None if kind == schema.BASE_CLIP else "ada"
+    fields = {"clip_id": name, "kind": kind, "identity_id": owner, "method": "", "prompt_id": "", "prompt": f"at {name}",
+              "seed": 0, "latents_uri": "memory", "embeddings": [[1.0]], **more}  # fmt: skip
+    return ScoredClip(identity_reward=identity, motion_reward=motion, semantics_reward=semantics, **fields)  # type: ignore[arg-type]
+
+
+STILL = clip("photo", schema.STATIC_CLIP, 0.9, 0.0, 5.0)
+BASE = clip("base", schema.BASE_CLIP, 0.0, 0.5, 5.0)
+GOOD = clip("good", schema.TRAINED_CLIP, 0.3, 0.6, 9.0)
+STIFF = clip("stiff", schema.TRAINED_CLIP, 0.4, 0.1, 9.5)
+CLIPS = [STILL, BASE, GOOD, STIFF]
+
+
+def sides(readings: str, pairs: str = BOTH, foreign: tuple[ScoredClip, ...] = ()) -> set[tuple[str, str]]:
+    variant = Variant("hpo", pairs, readings=frozenset(readings.split()))
+    made = make_pairs(variant, "ada", CLIPS, foreign, SETTINGS, CAPTION)
+    return {(pair.winner_id, pair.loser_id) for pair in made}
+
+
+def test_the_letter_takes_the_widest_gap_even_where_motion_is_lost() -> None:
+    assert ("stiff", "base") in sides("")
+
+
+def test_dominating_winners_move_more_than_their_losers() -> None:
+    assert sides("dominates") == {("photo", "base"), ("good", "base")}
+    assert sides("by-motion") == {("photo", "base"), ("good", "base")}
+    assert sides("dominates", ONLY_STATIC) == {("photo", "base")}
+
+
+def test_the_half_that_moves_more_wins_against_its_frozen_self() -> None:
+    assert ("good", "good/frozen") in sides("frozen")
+    assert ("stiff", "stiff/frozen") not in sides("frozen")
+
+
+def test_another_person_of_the_same_prompt_and_seed_loses() -> None:
+    same = clip("bo", schema.TRAINED_CLIP, 0.0, 0.6, 9.0, prompt=GOOD.prompt)
+    other = clip("cy", schema.TRAINED_CLIP, 0.0, 0.6, 9.0, prompt=GOOD.prompt, seed=1)
+    assert {pair for pair in sides("others", foreign=(other, same)) if pair[1] in ("bo", "cy")} == {("good", "bo")}
+
+
+def test_a_static_winner_may_stand_under_the_caption_of_its_photos() -> None:
+    for readings, prompt in (("", BASE.prompt), ("caption", CAPTION)):
+        variant = Variant("hpo", ONLY_STATIC, readings=frozenset(readings.split()))
+        (pair,) = make_pairs(variant, "ada", CLIPS, (), SETTINGS, CAPTION)
+        assert pair.prompt == prompt
+
+
+def test_a_setting_names_what_differs() -> None:
+    variant = Variant("hpo", overrides={"hpo.beta": 600.0, "sft.steps": 120}, readings=frozenset(["others", "caption"]))
+    assert variant.setting == "hpo.beta=600, sft.steps=120, caption, others"
+    assert Variant("hpo", overrides={"hpo.beta": 600.0}, named=False).setting == ""
