@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo serve test soak lint bench world clean help
+.PHONY: setup demo serve test soak lint bench lab lab-full world clean help
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -45,6 +45,13 @@ lint: $(READY)  ## formatter, linter and type checker
 
 bench: $(READY)  ## ratios, measured here
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+lab: $(READY)  ## the small study: tables and figures of two people (under 20 minutes on two cores)
+	@$(BIN)/python -m magicid.laboratory runs/lab --plan small && $(BIN)/magicid results runs/lab/small --out runs/lab/results
+
+lab-full: $(READY)  ## the whole study: settings on four people, results on eight others (hours; a GPU: minutes)
+	@$(BIN)/python -m magicid.laboratory runs/lab --plan dev && $(BIN)/python -m magicid.laboratory runs/lab --plan full
+	@$(BIN)/magicid results runs/lab/full --out runs/lab/results
 
 world: $(READY)  ## train the face world's models again, from nothing (hours on a CPU)
 	@$(BIN)/python -m magicid.world.build

@@ -140,6 +140,9 @@ class Selection(Section):
     rewards: Literal["id", "id+dy", "all"] = Field(
         "all", description="rewards that decide: identity, and motion, and the prompt (Table 3)"
     )
+    static_prompt: Literal["loser", "own"] = Field(
+        "loser", description="what a P_id pair is trained under: its loser's action, or the caption of the photos"
+    )
     same_prompt: bool = Field(True, description="P_dy pairs share the prompt where enough such pairs exist")
 
 

@@ -116,7 +116,8 @@ def select_pairs(identity_id: str, scored: Sequence[ScoredClip], settings: recip
     P_id: winners from V_id, losers from V_s, the largest gaps R_id(winner) - R_id(loser) first, when R_dy(loser) -
     R_dy(winner) is within `motion_tolerance`. P_dy: winners from the upper front of V_s and V_t, losers from the lower
     one, the largest gaps first; where `same_prompt`, pairs of one prompt first. Gaps are above `min_identity_gap`, and
-    those of P_dy above 0. A static winner takes its loser's prompt; a P_dy pair is trained under its winner's. Only
+    those of P_dy above 0. A static winner takes its loser's prompt
+    (or `static_prompt`); a P_dy pair is trained under its winner's. Only
     clips with all rewards that `settings.rewards` names take part, and only these decide: without the motion reward
     P_id has no tolerance, and by identity alone all clips are in one order, so that P_dy pairs any two.
 
@@ -218,8 +219,10 @@ def _static_pairs(
         _count(dropped, identity_id, STATIC_PAIR, count, kind)
     if not fits.any():
         _none(dropped, identity_id, STATIC_PAIR, f"none of {gap.size} candidates fits")
+    own = settings.static_prompt == "own"
     return [
-        _pair(identity_id, STATIC_PAIR, rank, winners[i], losers[j], losers[j]) for rank, (i, j) in enumerate(chosen)
+        _pair(identity_id, STATIC_PAIR, rank, winners[i], losers[j], winners[i] if own else losers[j])
+        for rank, (i, j) in enumerate(chosen)
     ]
 
 

@@ -312,3 +312,10 @@ def test_one_kind_of_pair_alone() -> None:
     clips = [clip("s", "V_id", 0.9), clip("b", "V_s", 0.1), clip("t", "V_t", 0.5, 2.0, 9.0)]
     assert {p.kind for p in select_pairs("ann", clips, rules(dynamic_pairs=0)).pairs} == {"P_id"}
     assert {p.kind for p in select_pairs("ann", clips, rules(static_pairs=0)).pairs} == {"P_dy"}
+
+
+def test_a_static_winner_is_trained_under_its_losers_prompt_or_its_own() -> None:
+    photo, base = clip("photo", "V_id", 0.9, prompt="a person"), clip("base", "V_s", 0.1, prompt="a person nods")
+    for static_prompt, prompt in (("loser", "a person nods"), ("own", "a person")):
+        (pair,) = select_pairs("ann", [photo, base], rules(static_prompt=static_prompt)).pairs
+        assert (pair.winner_id, pair.prompt, pair.text_uri) == ("photo", prompt, f"text/{prompt}")

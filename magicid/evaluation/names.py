@@ -11,7 +11,10 @@ METHODS = {
     "p_dy": "SFT + P_dy",
     "rewards_id": "rewards: id",
     "rewards_id_dy": "rewards: id + dy",
+    "loser_prompt": "HPO, static winners under actions",
     "hpo": "HPO",
+    "beyond": "HPO + frozen and others' clips",
+    "renderer": "the renderer (truth)",
 }
 MEASURES = {
     "face_sim": "face_sim",

@@ -69,44 +69,54 @@ class Plan:
     sft_rates: tuple[float, ...] = ()
 
 
-def _grid() -> tuple[Variant, ...]:
-    variants = [
-        Variant("hpo", overrides={"sft.steps": s, "hpo.learning_rate": lr, "hpo.beta": beta, "hpo.anchor": anchor})
-        for s in (60, 120)
-        for lr in (3e-4, 1e-3)
-        for beta in (150.0, 600.0)
-        for anchor in (0.0, 0.3)
-    ]
-    middle = {"sft.steps": 60, "hpo.learning_rate": 3e-4, "hpo.beta": 600.0, "hpo.anchor": 0.3}
-    others: list[dict[str, Any]] = [
-        {"hpo.learning_rate": 1e-4},
-        {"hpo.beta": 2000.0},
-        {"hpo.anchor": 1.0},
-        {"hpo.static_share": 0.1},
-        {"hpo.static_share": 0.6},
-        {"selection.min_identity_gap": 0.1},
-        {"selection.dynamic_pairs": 15},
-    ]
-    return (*variants, *(Variant("hpo", overrides={**middle, **other}) for other in others))
+LOW, HIGH = 1.5e-3, 4e-3
+ALL = "by-motion frozen others"
+
+
+def _dev(readings: str, static_prompt: str = "own", steps: int = 120, rate: float = LOW, **hpo: float) -> Variant:
+    values = {"learning_rate": 3e-4, "beta": 600.0, "anchor": 0.0, **hpo}
+    overrides = {"sft.steps": steps, "sft.learning_rate": rate, "selection.static_prompt": static_prompt}
+    return Variant(
+        "hpo", overrides={**overrides, **{f"hpo.{key}": value for key, value in values.items()}},
+        readings=frozenset(readings.split()),
+    )  # fmt: skip
 
 
 DEV = Plan(
     group="dev",
     people=4,
-    prompts=16,
+    prompts=12,
     train_seeds=(0,),
-    sft_steps=(30, 60, 90, 120, 180, 260, 360),
+    sft_steps=(60, 120, 180, 360),
     frames_steps=(),
-    variants=_grid(),
+    variants=(
+        *(_dev(readings, "loser") for readings in ("", "dominates", "by-motion", "frozen", "others")),
+        *(
+            _dev(readings)
+            for readings in ("", "dominates", "frozen others", "by-motion frozen", "by-motion others", ALL)
+        ),
+        _dev(ALL, beta=150.0),
+        _dev(ALL, beta=2000.0),
+        _dev("", beta=150.0),
+        _dev("", anchor=0.3),
+        _dev("", learning_rate=1e-3),
+        _dev(ALL, learning_rate=1e-3),
+        _dev("", steps=60),
+        _dev("", steps=180, rate=HIGH),
+        _dev(ALL, steps=180, rate=HIGH),
+    ),
     hpo_steps=(100, 200),
+    sft_rates=(LOW, HIGH),
 )
 
 METHODS = (
     Variant("hpo"),
+    Variant("beyond", overrides={"hpo.beta": 150.0}, readings=frozenset(ALL.split()), named=False),
+    Variant("loser_prompt", overrides={"selection.static_prompt": "loser"}, named=False),
     Variant("p_id", ONLY_STATIC),
     Variant("p_dy", ONLY_DYNAMIC),
-    Variant("rewards_id", overrides={"selection.rewards": "id"}),
-    Variant("rewards_id_dy", overrides={"selection.rewards": "id+dy"}),
+    Variant("rewards_id", overrides={"selection.rewards": "id"}, named=False),
+    Variant("rewards_id_dy", overrides={"selection.rewards": "id+dy"}, named=False),
 )
 
 TEST = Plan(
@@ -114,22 +124,22 @@ TEST = Plan(
     people=8,
     prompts=20,
     train_seeds=(0, 1, 2),
-    sft_steps=(30, 60, 90, 120, 180, 260, 360),
-    frames_steps=(120, 360),
+    sft_steps=(30, 60, 90, 120, 180, 220, 320),
+    frames_steps=(120, 320),
     variants=METHODS,
-    hpo_steps=(50, 100, 200, 300),
+    hpo_steps=(50, 100, 200),
     lengths=(9, 17, 25),
 )
 
 SMALL = Plan(
     group="test",
     people=2,
-    prompts=6,
+    prompts=10,
     train_seeds=(0,),
-    sft_steps=(60, 120, 180),
+    sft_steps=(60, 120, 180, 220),
     frames_steps=(),
-    variants=METHODS[:1],
-    hpo_steps=(60, 120),
+    variants=METHODS[:2],
+    hpo_steps=(100,),
 )
 
 PLANS = {"small": SMALL, "dev": DEV, "full": TEST}

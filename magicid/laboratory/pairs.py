@@ -9,7 +9,6 @@ others      also a clip of V_t against another person's of the same prompt and s
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +18,7 @@ from magicid.laboratory.methods import BOTH, Variant
 from magicid.schema import Pair, ScoredClip
 from magicid.selection import DYNAMIC_PAIR, STATIC_PAIR, dominates, select_pairs
 
-CAPTION, DOMINATES, BY_MOTION, FROZEN, OTHERS = "caption", "dominates", "by-motion", "frozen", "others"
+DOMINATES, BY_MOTION, FROZEN, OTHERS = "dominates", "by-motion", "frozen", "others"
 FROZEN_SUFFIX = "/frozen"
 
 
@@ -29,18 +28,14 @@ def make_pairs(
     clips: Sequence[ScoredClip],
     foreign: Sequence[ScoredClip],
     settings: recipe.Selection,
-    caption: str,
 ) -> list[Pair]:
     """The pairs of one adapter.
 
     Args:
         clips: V_s, and its V_t and V_id, with R_id against the person.
         foreign: V_t of the other people, of the same training seed.
-        caption: of the SFT.
     """
     pairs = [p for p in select_pairs(person, clips, settings).pairs if variant.pairs in (BOTH, p.kind)]
-    if CAPTION in variant.readings:
-        pairs = [dataclasses.replace(p, prompt=caption) if p.kind == STATIC_PAIR else p for p in pairs]
     if variant.readings & {DOMINATES, BY_MOTION}:
         pairs = [p for p in pairs if p.kind == STATIC_PAIR]
         if variant.pairs != STATIC_PAIR:

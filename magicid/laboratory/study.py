@@ -191,7 +191,6 @@ class Study:
         """Train all variants of all adapters in one batch."""
         trainings: list[tuple[Variant, int, int]] = []  # variant, start, adapter
         preferences: list[Preference] = []
-        caption = for_class(self.recipe.sft.prompt, CLASS_WORD)
         for variant in self.plan.variants:
             settings = self._settings(variant)
             start = settings.sft.steps
@@ -206,7 +205,7 @@ class Study:
                     for clip in other.clips
                     if clip.kind == schema.TRAINED_CLIP
                 ]
-                pairs = make_pairs(variant, owner.person.name, repository.clips, foreign, settings.selection, caption)
+                pairs = make_pairs(variant, owner.person.name, repository.clips, foreign, settings.selection)
                 if not pairs:
                     self._say(f"{variant.method} {variant.setting}: {owner.person.name} has no pairs")
                     continue

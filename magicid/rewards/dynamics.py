@@ -96,7 +96,6 @@ class MotionReward:
         """R_dy: the mean length of the flow over all pixels and pairs of consecutive frames, px per frame (>= 0)."""
         return float(np.linalg.norm(self.flow(frames).astype(np.float64), axis=1).mean())
 
-
     @torch.no_grad()
     def score_many(self, clips_NFHWC: NDArray[np.uint8], batch: int = 32) -> list[float]:
         """`score` of clips of one size, `batch` clips in one pass: for a GPU that one small clip leaves idle."""

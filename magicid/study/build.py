@@ -75,7 +75,7 @@ def build(
     photos: dict[str, str] = {}
     for number, found in enumerate(chosen):
         name = f"set-{number + 1:03d}"
-        shown = {"set": name, "prompt": found.prompt, "photos": [], "clips": []}
+        shown: dict[str, Any] = {"set": name, "prompt": found.prompt, "photos": [], "clips": []}
         for location in found.photos:
             if location not in photos:
                 photos[location] = _put(out, _photo(storage.read_bytes(location)), ".jpg")

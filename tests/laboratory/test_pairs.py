@@ -7,15 +7,16 @@ from magicid.laboratory.methods import BOTH, ONLY_STATIC, Variant
 from magicid.laboratory.pairs import make_pairs
 from magicid.schema import ScoredClip
 
-CAPTION = "a person"
 SETTINGS = recipe.load("face-world").selection
 
 
 def clip(name: str, kind: str, identity: float, motion: float, semantics: float, **more: object) -> ScoredClip:
     owner = None if kind == schema.BASE_CLIP else "ada"
-    fields = {"clip_id": name, "kind": kind, "identity_id": owner, "method": "", "prompt_id": "", "prompt": f"at {name}",
-              "seed": 0, "latents_uri": "memory", "embeddings": [[1.0]], **more}  # fmt: skip
-    return ScoredClip(identity_reward=identity, motion_reward=motion, semantics_reward=semantics, **fields)  # type: ignore[arg-type]
+    fields: dict[str, object] = {"prompt": f"at {name}", "seed": 0, **more}
+    return ScoredClip(
+        clip_id=name, kind=kind, identity_id=owner, method="", prompt_id="", latents_uri="memory", embeddings=[[1.0]],
+        identity_reward=identity, motion_reward=motion, semantics_reward=semantics, **fields,
+    )  # type: ignore[arg-type]  # fmt: skip
 
 
 STILL = clip("photo", schema.STATIC_CLIP, 0.9, 0.0, 5.0)
@@ -27,7 +28,7 @@ CLIPS = [STILL, BASE, GOOD, STIFF]
 
 def sides(readings: str, pairs: str = BOTH, foreign: tuple[ScoredClip, ...] = ()) -> set[tuple[str, str]]:
     variant = Variant("hpo", pairs, readings=frozenset(readings.split()))
-    made = make_pairs(variant, "ada", CLIPS, foreign, SETTINGS, CAPTION)
+    made = make_pairs(variant, "ada", CLIPS, foreign, SETTINGS)
     return {(pair.winner_id, pair.loser_id) for pair in made}
 
 
@@ -52,14 +53,7 @@ def test_another_person_of_the_same_prompt_and_seed_loses() -> None:
     assert {pair for pair in sides("others", foreign=(other, same)) if pair[1] in ("bo", "cy")} == {("good", "bo")}
 
 
-def test_a_static_winner_may_stand_under_the_caption_of_its_photos() -> None:
-    for readings, prompt in (("", BASE.prompt), ("caption", CAPTION)):
-        variant = Variant("hpo", ONLY_STATIC, readings=frozenset(readings.split()))
-        (pair,) = make_pairs(variant, "ada", CLIPS, (), SETTINGS, CAPTION)
-        assert pair.prompt == prompt
-
-
 def test_a_setting_names_what_differs() -> None:
-    variant = Variant("hpo", overrides={"hpo.beta": 600.0, "sft.steps": 120}, readings=frozenset(["others", "caption"]))
-    assert variant.setting == "hpo.beta=600, sft.steps=120, caption, others"
+    variant = Variant("hpo", overrides={"hpo.beta": 600.0, "sft.steps": 120}, readings=frozenset(["others", "frozen"]))
+    assert variant.setting == "hpo.beta=600, sft.steps=120, frozen, others"
     assert Variant("hpo", overrides={"hpo.beta": 600.0}, named=False).setting == ""
