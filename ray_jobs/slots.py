@@ -90,7 +90,7 @@ class Slots:
         try:
             _trainer(self.recipe, self.run, self._work_name, slot).fit()
         except Exception as error:  # the slot is gone; its identity goes back to the queue
-            self._last_error = f"{type(error).__name__}: {error}"
+            self._last_error = _reason(error)
             self._broken = 0 if slot in self._took else self._broken + 1
             self._problem = self._last_error
             self._work.call.remote(TRAINING, "release", slot, self._last_error, counted=not self._machine_lost(slot))
@@ -102,6 +102,12 @@ class Slots:
         held = self._held.get(slot)
         node = held.note.get("node") if held else None
         return node is not None and not any(n["NodeID"] == node and n["Alive"] for n in ray.nodes())
+
+
+def _reason(error: Exception) -> str:
+    """One line for the ledger: Ray Train's errors hold a traceback, whose last line says what went wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1][:300] if lines else 'no message'}"
 
 
 def _trainer(recipe: Recipe, run: Run, work_name: str, slot: str) -> TorchTrainer:

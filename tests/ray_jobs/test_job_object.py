@@ -8,6 +8,7 @@ import pytest
 
 from magicid.errors import RewardError, StorageError
 from ray_jobs.job import cause, run_location, submission
+from ray_jobs.slots import _reason
 
 
 def test_a_submitted_job_does_not_write_into_its_copy_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,3 +31,9 @@ def test_a_job_knows_its_submission(monkeypatch: pytest.MonkeyPatch) -> None:
     assert submission() == ""
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "run-1"}}')
     assert submission() == "run-1"
+
+
+def test_a_slots_reason_is_the_last_line_of_a_traceback() -> None:
+    text = "Training failed due to worker errors:\n[Rank 0 Error Snippet]:\nTraceback ...\nValueError: poison\n"
+    assert _reason(RuntimeError(text)) == "RuntimeError: ValueError: poison"
+    assert _reason(RuntimeError("")) == "RuntimeError: no message"

@@ -86,4 +86,5 @@ def test_a_poisoned_person_is_given_up_with_the_reason(records: dict[str, Record
         ("training", "exit"),
     )
     if stage == "training":
-        assert record.attempts["sft"] == (CAP if way in ("hang", "exit") else 1)
+        assert record.attempts["sft"] == CAP
+        assert "\n" not in record.problem
