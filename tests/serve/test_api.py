@@ -115,7 +115,7 @@ def test_what_is_left_out_is_the_base_models_own(endpoint: Endpoint, client: htt
     video = post(client)
     job = endpoint.jobs.get(video["id"], None)
     assert (video["model"], video["lora_version"], job.target.location) == (BASE, None, None)
-    assert (job.request.fps, job.request.guidance_scale, job.request.lora_scale) == (8, 5.0, 1.0)
+    assert (job.request.fps, job.request.guidance_scale, job.request.lora_scale) == (8, 2.5, 1.0)
     seeds = {post(client, prompt=f"take {n}")["seed"] for n in range(5)}
     assert len(seeds) == 5
 
