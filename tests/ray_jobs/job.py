@@ -55,7 +55,7 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def finish(arguments: list[str], log: Path, timeout_s: float = 400) -> int:
+def finish(arguments: list[str], log: Path, timeout_s: float = 900) -> int:
     """Run a job to its end; its exit code."""
     process = start(arguments, log)
     try:
@@ -66,7 +66,7 @@ def finish(arguments: list[str], log: Path, timeout_s: float = 400) -> int:
 
 
 def wait_for(
-    condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, timeout_s: float = 300
+    condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, timeout_s: float = 900
 ) -> None:
     """Poll until the condition holds; fails when the job ends before it does."""
     end = time.monotonic() + timeout_s
@@ -166,7 +166,7 @@ def submit(arguments: list[str], environment: dict[str, str]) -> subprocess.Comp
     while True:
         done = subprocess.run(
             [str(ray), "job", "submit", "--working-dir", ".", "--", *arguments],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500,
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
         )  # fmt: skip
         if "No available agent" not in done.stderr or time.monotonic() > end:  # the head starts its parts in turn
             return done

@@ -1,4 +1,4 @@
-"""Three short trials of chaos; with `make soak`, every trial of the table."""
+"""Two short trials of chaos; with `make soak`, every trial of the table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.ray_jobs import chaos
 from tests.ray_jobs.chaos import Outcome, Reference
 
-SHORT = [("worker", 1), ("driver", 1), ("store", 1)]
+SHORT = [("worker", 1), ("driver", 1)]
 
 pytestmark = pytest.mark.timeout(2 * chaos.ONE_START_S)
 

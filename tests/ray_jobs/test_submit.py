@@ -47,7 +47,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 def submit(environment: dict[str, str], people: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ray_jobs.submit", "--working-dir", ".", "--identities", str(people)]
     return subprocess.run(
-        [*command, "--out", str(out), *more], cwd=job.ROOT, env={**environment, "COLUMNS": "300"}, timeout=580,
+        [*command, "--out", str(out), *more], cwd=job.ROOT, env={**environment, "COLUMNS": "300"}, timeout=900,
         capture_output=True, text=True,
     )  # fmt: skip
 
