@@ -1,4 +1,4 @@
-"""Two short trials of chaos; with `make soak`, every trial of the table."""
+"""Every trial of the table of chaos, with `make soak`: each takes minutes, the first two are the shortest."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def held(kind: str, seed: int, reference: Reference, folder: Path) -> None:
     assert outcome.again == 0
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(("kind", "seed"), SHORT)
 def test_a_harm_changes_nothing(kind: str, seed: int, reference: Reference, tmp_path: Path) -> None:
     held(kind, seed, reference, tmp_path)
