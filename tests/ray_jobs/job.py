@@ -132,6 +132,8 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     """A Ray head as `ray start --head` makes it, with token authentication; yields the submitter's environment."""
     gcs, dashboard = free_ports(2)
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+    # A job's `python` is looked for on the head's PATH: this one, whether its environment is activated or not.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     environment.pop("RAY_ADDRESS", None)
     ray = Path(sys.executable).parent / "ray"
     options = ["--num-cpus=2", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
