@@ -154,8 +154,9 @@ async def _until(condition: Callable[[], Any]) -> None:
 
 def test_a_chore_that_fails_ends_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "TIDY_S", 0.02)
-    lost, waiting = make(bench.jobs, "a"), make(bench.jobs, "b")
+    lost = make(bench.jobs, "a")
     bench.jobs.claim("w")
+    waiting = make(bench.jobs, "b")
 
     async def play() -> None:
         task = asyncio.ensure_future(bench.one.run())
