@@ -158,7 +158,8 @@ def _wanted(run: Run, identity_id: str) -> list[dict[str, Any]]:
         uri = training_uri(identity_id, stage, adapters.WEIGHTS_NAME)
         if run.has(uri):
             adapter = repository.AdapterRef(uri, storage.sha256_bytes(storage.read_bytes(run.path(uri))))
-            clips += repository.trained_clips(recipe, base, training, person, adapter) if training else []
+            trained = repository.trained_clips(recipe, base, training, person, adapter) if training else []
+            clips += [*trained, *repository.still_clips(trained)]
             if heldout:
                 clips += repository.evaluation_clips(recipe, base, heldout, person.class_word, stage, person, adapter)
     return schema.to_rows(clips)

@@ -24,7 +24,7 @@ from magicid.clips import decode_mp4, encode_mp4, inflate_photo
 from magicid.errors import GenerationError, MagicIDError, StorageError
 from magicid.recipe import Recipe
 from magicid.run import Run, clip_uri, text_uri
-from magicid.schema import STATIC_CLIP, VALIDATION_CLIP, Clip
+from magicid.schema import STATIC_CLIP, STILL_CLIP, VALIDATION_CLIP, Clip
 from magicid.training.tokens import TOKENS, with_tokens
 
 _log = logging.getLogger(__name__)
@@ -115,9 +115,12 @@ class Generator:
         )
 
     def _latents(self, clip: Clip) -> torch.Tensor:
-        """Latents (1, C, F, H, W): sampled, encoded from a photo, or what a trainer left."""
+        """Latents (1, C, F, H, W): sampled, encoded from a photo or a frame, or what a trainer left."""
         if clip.kind == STATIC_CLIP:
             return self._photo_latents(clip)
+        if clip.kind == STILL_CLIP:
+            frames, _ = decode_mp4(storage.read_bytes(self.run.path(clip_uri(str(clip.source_id), ".mp4"))))
+            return self.backbone.encode_video(np.repeat(frames[:1], len(frames), axis=0)[None])
         if clip.kind == VALIDATION_CLIP:
             return torch.from_numpy(storage.read_arrays(self.run.path(str(clip.latents_uri)))["latents"])[None]
         self._use_adapter(clip)

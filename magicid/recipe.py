@@ -143,6 +143,11 @@ class Selection(Section):
     static_prompt: Literal["loser", "own"] = Field(
         "loser", description="what a P_id pair is trained under: its loser's action, or the caption of the photos"
     )
+    still_pairs: int = Field(
+        0,
+        ge=0,
+        description="V_t clips, the most moving first, each preferred to its own first frame held still; 0: the paper",
+    )
     same_prompt: bool = Field(True, description="P_dy pairs share the prompt where enough such pairs exist")
 
 

@@ -1,4 +1,4 @@
-"""What clips a run wants: the preference repository B = V_t + V_s + V_id, and the evaluation clips.
+"""What clips a run wants: the preference repository B = V_t + V_s + V_id, its still copies, and the evaluation clips.
 
 Pure functions from identities, prompts and adapters to clip requests. A clip's id is the hash of everything that
 decides its pixels, so the same request in another run, or after a crash, finds the finished clip.
@@ -84,6 +84,23 @@ def static_clips(recipe: Recipe, base_sha256: str, identity: Identity) -> list[C
             )
         )
     return clips
+
+
+def still_clips(clips: Sequence[Clip]) -> list[Clip]:
+    """The first frame of each of these V_t clips, held still; they must be made by then. Beyond the paper."""
+    return [
+        Clip(
+            clip_id=sha256_json(["still", clip.clip_id])[:32],
+            kind=schema.STILL_CLIP,
+            identity_id=clip.identity_id,
+            method="still",
+            prompt_id=clip.prompt_id,
+            prompt=clip.prompt,
+            seed=clip.seed,
+            source_id=clip.clip_id,
+        )
+        for clip in clips
+    ]
 
 
 def validation_clips(identity: Identity, latents: Sequence[str], prompt: str) -> list[Clip]:

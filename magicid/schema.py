@@ -19,6 +19,7 @@ import pyarrow as pa
 BASE_CLIP = "V_s"  # from the untouched base model, shared by all identities
 TRAINED_CLIP = "V_t"  # from the identity's SFT adapter
 STATIC_CLIP = "V_id"  # a reference photo inflated to a clip
+STILL_CLIP = "V_still"  # a V_t clip's first frame held still; not in the paper, without rewards
 EVALUATION_CLIP = "evaluation"  # a held-out prompt, for the table
 CURVE_CLIP = "curve"  # the same prompts by an adapter on its way, for curves
 VALIDATION_CLIP = "validation"  # what a trainer sampled on its way, kept as latents; `seed` is the step
@@ -69,7 +70,7 @@ class Clip:
     """
 
     clip_id: str
-    kind: str  # V_s, V_t, V_id, evaluation or validation
+    kind: str  # V_s, V_t, V_id, V_still, evaluation or validation
     identity_id: str | None  # null for V_s and for evaluation clips of the base model
     method: str  # base, sft, hpo, photo or validation
     prompt_id: str
@@ -86,6 +87,7 @@ class Clip:
     attempts: int = 0
     error: str | None = None
     step: int = 0  # training steps behind the adapter, all stages together; evaluation clips only
+    source_id: str | None = None  # V_still only: the clip whose first frame it holds
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,8 @@ class Pair:
 
     pair_id: str
     identity_id: str
-    kind: str  # P_id or P_dy
-    rank: int  # 0 is the pair with the largest identity gap of its kind
+    kind: str  # P_id, P_dy or P_still
+    rank: int  # 0 is the pair with the largest identity gap of its kind; of P_still, the clip that moves most
     prompt: str  # the prompt both sides are trained under
     text_uri: str
     winner_id: str

@@ -1,13 +1,14 @@
-"""Preference pairs from scored clips: P_id and P_dy, with a reason for everything that is left out.
+"""Preference pairs from scored clips: P_id, P_dy and P_still, with a reason for everything that is left out.
 
 Source: MagicID, hybrid pair selection. "a dominates b" means that a is better in all of R_id, R_dy and R_sem; the upper
 front are the clips nobody dominates, the lower front those that dominate nobody. Decided on raw, continuous rewards.
+P_still is not in the paper: a clip against its own first frame held still, so that nothing but motion differs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,14 +21,17 @@ from magicid.rewards.identity import identity_reward
 from magicid.schema import Pair, Rejected, ScoredClip
 from magicid.storage import sha256_json
 
-STATIC_PAIR, DYNAMIC_PAIR = "P_id", "P_dy"
+STATIC_PAIR, DYNAMIC_PAIR, STILL_PAIR = "P_id", "P_dy", "P_still"
 USED = {"id": schema.REWARD_NAMES[:1], "id+dy": schema.REWARD_NAMES[:2], "all": schema.REWARD_NAMES}
 _CHUNK = 256  # clips compared with all others at a time: N of thousands stays within tens of MB
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The pairs of one identity, P_id then P_dy, each by falling gap in R_id; the reasons; the fronts as clip ids."""
+    """The pairs of one identity, the reasons, and the fronts as clip ids.
+
+    P_id then P_dy, each by falling gap in R_id, then P_still by falling R_dy of the winner.
+    """
 
     pairs: list[Pair] = field(default_factory=list)
     dropped: list[Rejected] = field(default_factory=list)
@@ -120,6 +124,7 @@ def select_pairs(identity_id: str, scored: Sequence[ScoredClip], settings: recip
     (or `static_prompt`); a P_dy pair is trained under its winner's. Only
     clips with all rewards that `settings.rewards` names take part, and only these decide: without the motion reward
     P_id has no tolerance, and by identity alone all clips are in one order, so that P_dy pairs any two.
+    P_still: the `still_pairs` V_t clips of the largest R_dy, each against its V_still.
 
     Args:
         scored: the identity's clips and V_s, with `identity_reward` filled (`with_identity_reward`). Other identities'
@@ -132,7 +137,8 @@ def select_pairs(identity_id: str, scored: Sequence[ScoredClip], settings: recip
     dropped: list[Rejected] = []
     clips = _usable(identity_id, scored, dropped)
     names = USED[settings.rewards]
-    complete = _complete_clips(clips, dropped, names)
+    copies = {str(c.source_id): c for c in clips if c.kind == schema.STILL_CLIP}
+    complete = _complete_clips([c for c in clips if c.kind != schema.STILL_CLIP], dropped, names)
     static = [c for c in complete if c.kind == schema.STATIC_CLIP]
     sampled = [c for c in complete if c.kind in (schema.BASE_CLIP, schema.TRAINED_CLIP)]
     base = [c for c in sampled if c.kind == schema.BASE_CLIP]
@@ -143,6 +149,8 @@ def select_pairs(identity_id: str, scored: Sequence[ScoredClip], settings: recip
     upper = [c for c, on in zip(sampled, upper_front(rewards)) if on or len(names) == 1]
     lower = [c for c, on in zip(sampled, lower_front(rewards)) if on or len(names) == 1]
     pairs += _dynamic_pairs(identity_id, upper, lower, settings, dropped)
+    trained = [c for c in sampled if c.kind == schema.TRAINED_CLIP]
+    pairs += _still_pairs(identity_id, trained, copies, settings, dropped)
     return Selection(pairs, dropped, [c.clip_id for c in upper], [c.clip_id for c in lower])
 
 
@@ -250,6 +258,28 @@ def _dynamic_pairs(
     if not fits.any():
         _none(dropped, identity_id, DYNAMIC_PAIR, f"none of {gap.size} pairs of the fronts fits")
     return [_pair(identity_id, DYNAMIC_PAIR, rank, upper[i], lower[j], upper[i]) for rank, (i, j) in enumerate(chosen)]
+
+
+def _still_pairs(
+    identity_id: str,
+    trained: Sequence[ScoredClip],
+    copies: Mapping[str, ScoredClip],
+    settings: recipe.Selection,
+    dropped: list[Rejected],
+) -> list[Pair]:
+    """P_still."""
+    if not settings.still_pairs:
+        return []
+    moving = sorted((c for c in trained if c.motion_reward is not None), key=_motion_order)
+    chosen = [c for c in moving if c.clip_id in copies][: settings.still_pairs]
+    if not chosen:
+        _none(dropped, identity_id, STILL_PAIR, f"{len(moving)} complete V_t and {len(copies)} V_still clips")
+    return [_pair(identity_id, STILL_PAIR, rank, c, copies[c.clip_id], c) for rank, c in enumerate(chosen)]
+
+
+def _motion_order(clip: ScoredClip) -> tuple[float, str]:
+    """The most motion first; equal ones by id."""
+    return -float(clip.motion_reward or 0.0), clip.clip_id
 
 
 def _gaps(winners: Sequence[ScoredClip], losers: Sequence[ScoredClip]) -> NDArray[np.float64]:

@@ -65,10 +65,15 @@ async def customize_person(fleet: Fleet, row: ManifestRow) -> str:
         return await finish(fleet, row, person, None, sft, sft)
     wanted = repository.trained_clips(fleet.recipe, fleet.base_sha256, training(fleet), person, sft)  # V_t
     trained = await fleet.score(row, "trained clips", wanted)
+    copies = []
+    if settings.selection.still_pairs:
+        there = {clip.clip_id for clip in trained}
+        of = [clip for clip in wanted if clip.clip_id in there]
+        copies = await fleet.score(row, "still clips", repository.still_clips(of))
     fleet.progress(row.id, "pairs", 0, 1)
-    names = [clip.clip_id for clip in (*base, *photos, *trained)]
+    names = [clip.clip_id for clip in (*base, *photos, *trained, *copies)]
     pairs = await fleet.tasks.run(tasks.choose_pairs, fleet.run.location, settings, row.id, names)
-    fleet.display.say(f"pairs of {row.id}: {pairs.counts['P_id']} P_id, {pairs.counts['P_dy']} P_dy")
+    fleet.display.say(f"pairs of {row.id}: " + ", ".join(f"{n} {k}" for k, n in pairs.counts.items()))
     hpo = await fleet.train(row, person, "hpo", settings.hpo.steps)
     return await finish(fleet, row, person, pairs, sft, hpo)
 

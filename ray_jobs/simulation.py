@@ -37,7 +37,7 @@ from magicid.manifests import ManifestRow
 from magicid.prompts import load_prompts
 from magicid.recipe import Pool, Recipe
 from magicid.run import Run, clip_uri, training_uri
-from magicid.schema import STATIC_CLIP, VALIDATION_CLIP, Clip, Identity, Made, ScoredClip, from_row, to_row
+from magicid.schema import STATIC_CLIP, STILL_CLIP, VALIDATION_CLIP, Clip, Identity, Made, ScoredClip, from_row, to_row
 from ray_jobs import keeping, tasks
 from ray_jobs.customize import customize_person
 from ray_jobs.fleet import Fleet
@@ -245,7 +245,7 @@ class SimulatedPools:
 
     async def _generator(self, pipeline: Pipeline) -> None:
         took, gpus = self.cluster.durations, self.cluster.recipe.resources.generator.gpus
-        each = {STATIC_CLIP: took.photo_clip, VALIDATION_CLIP: took.validation_clip}
+        each = {STATIC_CLIP: took.photo_clip, STILL_CLIP: took.photo_clip, VALIDATION_CLIP: took.validation_clip}
         await asyncio.sleep(took.load)
         while True:
             task = await self._ahead.get()

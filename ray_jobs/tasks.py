@@ -20,7 +20,7 @@ from magicid.recipe import Recipe
 from magicid.repository import AdapterRef
 from magicid.rewards.rows import reward_rows
 from magicid.run import Run
-from magicid.schema import MetricRow, Pair, Rejected, RewardRow, ScoredClip
+from magicid.schema import STILL_CLIP, MetricRow, Pair, Rejected, RewardRow, ScoredClip
 from magicid.selection import select_pairs, with_identity_reward
 from ray_jobs.pipeline import best
 
@@ -32,12 +32,12 @@ CPUS = 0.1  # a share beside the pools; two cores must hold all of them
 class Chosen:
     """The pairs of an identity, as far as the driver needs to know them."""
 
-    counts: Counter[str]  # P_id, P_dy
+    counts: Counter[str]  # P_id, P_dy, P_still
     prompt: str  # of the first pair
 
 
 def choose_pairs(run: str, recipe: Recipe, identity_id: str, clip_ids: list[str]) -> Chosen:
-    """P_id and P_dy of one identity into `pairs/`, with the reasons for what was dropped.
+    """The pairs of one identity into `pairs/`, with the reasons for what was dropped.
 
     Args:
         recipe: the identity's own.
@@ -55,7 +55,8 @@ def choose_pairs(run: str, recipe: Recipe, identity_id: str, clip_ids: list[str]
         )
         scored = with_identity_reward([rows[clip_id] for clip_id in clip_ids], where.identity(identity_id).references)
         selected = select_pairs(identity_id, scored, recipe.selection)
-        where.write(f"rewards/{identity_id}.parquet", reward_rows(scored, selected, recipe.rewards), RewardRow)
+        rewarded = [clip for clip in scored if clip.kind != STILL_CLIP]
+        where.write(f"rewards/{identity_id}.parquet", reward_rows(rewarded, selected, recipe.rewards), RewardRow)
         where.write(f"pairs/{identity_id}.rejected.parquet", selected.dropped, Rejected)
         where.write(name, selected.pairs, Pair)
         pairs = selected.pairs

@@ -319,3 +319,22 @@ def test_a_static_winner_is_trained_under_its_losers_prompt_or_its_own() -> None
     for static_prompt, prompt in (("loser", "a person nods"), ("own", "a person")):
         (pair,) = select_pairs("ann", [photo, base], rules(static_prompt=static_prompt)).pairs
         assert (pair.winner_id, pair.prompt, pair.text_uri) == ("photo", prompt, f"text/{prompt}")
+
+
+def test_a_moving_clip_is_preferred_to_its_own_first_frame() -> None:
+    clips = [clip("slow", "V_t", motion=1.0), clip("fast", "V_t", motion=3.0), clip("mid", "V_t", motion=2.0)]
+    clips += [clip("blind", "V_t", None, 9.0, identity_error="no face"), clip("alone", "V_t", motion=8.0)]
+    clips += [
+        clip(f"{name}-still", "V_still", None, None, None, source_id=name) for name in ("slow", "fast", "mid", "blind")
+    ]
+    chosen = select_pairs("ann", clips, rules(still_pairs=2, static_pairs=0, dynamic_pairs=0))
+    assert names(chosen.pairs, "P_still") == [("fast", "fast-still"), ("mid", "mid-still")]
+    assert [(p.rank, p.prompt, p.text_uri, p.loser_kind) for p in chosen.pairs] == [
+        (0, "p", "text/p", "V_still"),
+        (1, "p", "text/p", "V_still"),
+    ]
+    assert [p.loser_latents_uri for p in chosen.pairs] == ["fast-still.safetensors", "mid-still.safetensors"]
+    assert {r.name for r in chosen.dropped if r.kind == "clip"} == {"blind"}, "a copy needs no rewards"
+    assert select_pairs("ann", clips, rules(static_pairs=0, dynamic_pairs=0)).pairs == []
+    none = select_pairs("ann", clips[:5], rules(still_pairs=2, static_pairs=0, dynamic_pairs=0))
+    assert "no P_still pair: 4 complete V_t and 0 V_still clips" in [r.problem for r in none.dropped]

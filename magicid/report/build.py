@@ -135,7 +135,7 @@ def _view(
         manifest=_manifest(person.manifests[-1]) if person.manifests else [],
         reasons=reasons[:REASONS_SHOWN],
         reasons_hidden=sum(max(1, reason.count) for reason in reasons[REASONS_SHOWN:]),
-        pair_counts={kind: sum(pair.kind == kind for pair in pairs) for kind in ("P_id", "P_dy")},
+        pair_counts={kind: sum(pair.kind == kind for pair in pairs) for kind in ("P_id", "P_dy", "P_still")},
     )
 
 

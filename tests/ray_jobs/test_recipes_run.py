@@ -14,6 +14,7 @@ import torch
 
 from magicid import adapters, repository, schema, storage
 from magicid.backbones import base_sha256, load_backbone
+from magicid.clips import decode_mp4
 from magicid.generation import Generator
 from magicid.prompts import load_prompts
 from magicid.recipe import Recipe
@@ -82,6 +83,14 @@ def test_a_production_recipe_runs_on_a_tiny_folder(name: str, tmp_path: Path) ->
     trained = through(generate, repository.trained_clips(recipe, base, prompts, ada, sft), Clip)
     assert trained[0].error is None
     assert trained[0].latents_sha256 != moving.latents_sha256
+    (copy,) = through(generate, repository.still_clips(trained), Clip)
+    assert copy.error is None
+    (unscored,) = through(ScoreMotion(settings, run.location, "test"), [copy], ScoredClip)
+    assert unscored == copy
+    frames, shown = (decode_mp4(storage.read_bytes(run.path(str(c.video_uri))))[0] for c in (trained[0], copy))
+    assert shown.shape == frames.shape
+    encoded = generate.generator.backbone.encode_video(np.repeat(frames[:1], len(frames), 0)[None])
+    assert torch.equal(load_latents(run, copy), encoded)
 
     pair = Pair(
         "pair", "ada", "P_id", 0, moving.prompt, str(moving.text_uri),
