@@ -33,7 +33,7 @@ STAGES = ("check", "photo clips", "sft", "trained clips", "pairs", "hpo", "evalu
 _NAME = re.compile(r"(snapshot|events)-(\d+)-(\d+)\.(?:parquet|jsonl)$")
 _MERGED = 40  # files of events that become one of the next level
 _MANY = 1000  # changes that are worth a snapshot, where they are most of the run
-_EVERY_S, _EVERY_S_PER_RECORD, _EVERY_S_AT_MOST = 2.0, 0.002, 30.0  # large runs are written less often
+_EVERY_S, _EVERY_S_PER_RECORD, _EVERY_S_AT_MOST = 2.0, 0.006, 60.0  # large runs are written less often
 _READS = 10
 
 
@@ -71,7 +71,7 @@ class Ledger:
 
     Args:
         fence: number of this driver.
-        every_s: seconds between two writes; None: 2 s for small runs, up to 30 s for large ones; 0: `flush` is called
+        every_s: seconds between two writes; None: 2 s for small runs, up to 60 s for large ones; 0: `flush` is called
             by somebody else.
         may_write: raises when the run was lost to another driver.
 

@@ -35,7 +35,7 @@ from ray_jobs.tracing import Traces, provider
 from ray_jobs.work import CLIPS, TRAINING, View
 
 T = TypeVar("T")
-WATCH_S, WATCH_S_AT_MOST = 0.5, 10.0  # how often queues, slots and pools are looked at, if nothing ends before
+WATCH_S, WATCH_S_AT_MOST = 0.5, 20.0  # how often queues, slots and pools are looked at, if nothing ends before
 WATCHED_EACH_S = 200  # so many identities are worth a second between two looks: each costs the same, however many
 NOTED = 0.01  # progress of a stage is noted in such parts
 SHARED = "shared"  # owner of the clips that everybody waits for
@@ -165,7 +165,9 @@ class Fleet:
     def _let_go(self, erased: set[str]) -> None:
         """Forget people who were deleted; what is under way for them stops."""
         new, self._erased = erased - self._erased, erased
-        for name in [name for name in self.ledger.records if new and erasure.tombstone(name) in new]:
+        if not new:  # a tombstone is a hash: thousands of them are not made for nothing
+            return
+        for name in [name for name in self.ledger.records if erasure.tombstone(name) in new]:
             self._admission.cancel(name)
             if name in self._ways:
                 self._ways[name].cancel()
