@@ -86,10 +86,12 @@ class Cluster:
 
     Args:
         more: environment of every process besides, such as the credentials of a store.
+        dashboard: also start what takes `ray job submit`, at `dashboard_url`.
     """
 
-    def __init__(self, folder: Path, more: dict[str, str], workers: int = 2) -> None:
-        self.folder, self._more, self._workers = folder, more, workers
+    def __init__(self, folder: Path, more: dict[str, str], workers: int = 2, dashboard: bool = False) -> None:
+        self.folder, self._more, self._workers, self._dashboard = folder, more, workers, dashboard
+        self.dashboard_url = ""
         self._starts = 0
         self.head: Node | None = None
         self.workers: list[Node] = []
@@ -101,16 +103,19 @@ class Cluster:
         if self.head is None or not self.head.alive:
             self.stop()
             self._temporary = tempfile.mkdtemp(prefix="mc-")  # short: sockets lie in it
-            port, client = free_ports(2)
+            port, client, dashboard = free_ports(3)
             token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
             self.environment = {**os.environ, **self._more, **QUICK, **token, "RAY_ADDRESS": f"127.0.0.1:{port}"}
             options = [
                 "--head",
                 f"--port={port}",
                 "--num-cpus=0",
-                "--include-dashboard=false",
+                f"--include-dashboard={str(self._dashboard).lower()}",
                 f"--ray-client-server-port={client}",
             ]
+            if self._dashboard:
+                options += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+                self.dashboard_url = f"http://127.0.0.1:{dashboard}"
             self.head = self._node([*options, f"--temp-dir={self._temporary}"])
             self.head.wait_until_up()
         self.workers = [node for node in self.workers if node.alive]
