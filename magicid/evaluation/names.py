@@ -11,9 +11,10 @@ METHODS = {
     "p_dy": "SFT + P_dy",
     "rewards_id": "rewards: id",
     "rewards_id_dy": "rewards: id + dy",
-    "loser_prompt": "HPO, static winners under actions",
+    "paper": "HPO, the paper's letter",
+    "own_prompt": "HPO, static winners under their caption",
     "hpo": "HPO",
-    "beyond": "HPO + frozen and others' clips",
+    "beyond": "HPO, others' clips and motion first",
     "renderer": "the renderer (truth)",
 }
 MEASURES = {

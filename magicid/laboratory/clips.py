@@ -148,3 +148,18 @@ def wanted(
         )
         for number, (prompt, seed) in enumerate(zip(prompts, seeds))
     ]
+
+
+def still_copy(clip: ScoredClip) -> ScoredClip:
+    """The V_still of a V_t clip."""
+    return ScoredClip(
+        clip_id=f"{clip.clip_id}/still",
+        kind=schema.STILL_CLIP,
+        identity_id=clip.identity_id,
+        method="still",
+        prompt_id="",
+        prompt=clip.prompt,
+        seed=clip.seed,
+        latents_uri="memory",
+        source_id=clip.clip_id,
+    )

@@ -70,12 +70,16 @@ class Plan:
 
 
 LOW, HIGH = 1.5e-3, 4e-3
-ALL = "by-motion frozen others"
+ALL = "by-motion others"
+STILL = 30  # half of V_t
 
 
-def _dev(readings: str, static_prompt: str = "own", steps: int = 120, rate: float = LOW, **hpo: float) -> Variant:
+def _dev(
+    readings: str, static_prompt: str = "own", still: int = 0, steps: int = 120, rate: float = LOW, **hpo: float
+) -> Variant:
     values = {"learning_rate": 3e-4, "beta": 600.0, "anchor": 0.0, **hpo}
-    overrides = {"sft.steps": steps, "sft.learning_rate": rate, "selection.static_prompt": static_prompt}
+    overrides: dict[str, Any] = {"sft.steps": steps, "sft.learning_rate": rate}
+    overrides |= {"selection.static_prompt": static_prompt, "selection.still_pairs": still}
     return Variant(
         "hpo", overrides={**overrides, **{f"hpo.{key}": value for key, value in values.items()}},
         readings=frozenset(readings.split()),
@@ -90,33 +94,36 @@ DEV = Plan(
     sft_steps=(60, 120, 180, 360),
     frames_steps=(),
     variants=(
-        *(_dev(readings, "loser") for readings in ("", "dominates", "by-motion", "frozen", "others")),
-        *(
-            _dev(readings)
-            for readings in ("", "dominates", "frozen others", "by-motion frozen", "by-motion others", ALL)
-        ),
-        _dev(ALL, beta=150.0),
-        _dev(ALL, beta=2000.0),
+        *(_dev(readings, "loser") for readings in ("", "dominates", "by-motion", "others")),
+        _dev("", "loser", STILL),
+        *(_dev(readings) for readings in ("", "dominates", ALL)),
+        *(_dev(readings, still=STILL) for readings in ("", "others", "by-motion", ALL)),
+        _dev("", still=STILL, beta=150.0),
+        _dev(ALL, still=STILL, beta=150.0),
+        _dev(ALL, still=STILL, beta=2000.0),
         _dev("", beta=150.0),
         _dev("", anchor=0.3),
         _dev("", learning_rate=1e-3),
-        _dev(ALL, learning_rate=1e-3),
+        _dev(ALL, still=STILL, learning_rate=1e-3),
         _dev("", steps=60),
         _dev("", steps=180, rate=HIGH),
-        _dev(ALL, steps=180, rate=HIGH),
+        _dev(ALL, still=STILL, steps=180, rate=HIGH),
     ),
     hpo_steps=(100, 200),
     sft_rates=(LOW, HIGH),
 )
 
+LETTER: Mapping[str, Any] = {"selection.still_pairs": 0, "hpo.beta": 600.0}  # the paper's pairs and no others
+
 METHODS = (
     Variant("hpo"),
-    Variant("beyond", overrides={"hpo.beta": 150.0}, readings=frozenset(ALL.split()), named=False),
-    Variant("loser_prompt", overrides={"selection.static_prompt": "loser"}, named=False),
-    Variant("p_id", ONLY_STATIC),
-    Variant("p_dy", ONLY_DYNAMIC),
-    Variant("rewards_id", overrides={"selection.rewards": "id"}, named=False),
-    Variant("rewards_id_dy", overrides={"selection.rewards": "id+dy"}, named=False),
+    Variant("paper", overrides={**LETTER, "selection.static_prompt": "loser"}, named=False),
+    Variant("own_prompt", overrides=LETTER, named=False),
+    Variant("beyond", readings=frozenset(ALL.split()), named=False),
+    Variant("p_id", ONLY_STATIC, LETTER, named=False),
+    Variant("p_dy", ONLY_DYNAMIC, LETTER, named=False),
+    Variant("rewards_id", overrides={**LETTER, "selection.rewards": "id"}, named=False),
+    Variant("rewards_id_dy", overrides={**LETTER, "selection.rewards": "id+dy"}, named=False),
 )
 
 TEST = Plan(

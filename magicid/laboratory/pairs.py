@@ -3,7 +3,6 @@
 caption     a static winner is trained under the SFT caption, not under its loser's action
 dominates   P_dy: the winner is better in all rewards than its loser, not only on the other front
 by-motion   as `dominates`, the largest gaps in R_dy first instead of R_id
-frozen      also a clip of V_t against its own first frame held still: nothing but motion differs
 others      also a clip of V_t against another person's of the same prompt and seed: nothing but the person differs
 """
 
@@ -16,10 +15,9 @@ import numpy as np
 from magicid import recipe, schema
 from magicid.laboratory.methods import BOTH, Variant
 from magicid.schema import Pair, ScoredClip
-from magicid.selection import DYNAMIC_PAIR, STATIC_PAIR, dominates, select_pairs
+from magicid.selection import DYNAMIC_PAIR, STATIC_PAIR, STILL_PAIR, dominates, select_pairs
 
-DOMINATES, BY_MOTION, FROZEN, OTHERS = "dominates", "by-motion", "frozen", "others"
-FROZEN_SUFFIX = "/frozen"
+DOMINATES, BY_MOTION, OTHERS = "dominates", "by-motion", "others"
 
 
 def make_pairs(
@@ -32,34 +30,28 @@ def make_pairs(
     """The pairs of one adapter.
 
     Args:
-        clips: V_s, and its V_t and V_id, with R_id against the person.
+        clips: V_s, and its V_t, V_id and V_still, with R_id against the person.
         foreign: V_t of the other people, of the same training seed.
     """
-    pairs = [p for p in select_pairs(person, clips, settings).pairs if variant.pairs in (BOTH, p.kind)]
+    kinds = (STATIC_PAIR, DYNAMIC_PAIR, STILL_PAIR) if variant.pairs == BOTH else (variant.pairs,)
+    pairs = [p for p in select_pairs(person, clips, settings).pairs if p.kind in kinds]
     if variant.readings & {DOMINATES, BY_MOTION}:
-        pairs = [p for p in pairs if p.kind == STATIC_PAIR]
+        pairs = [p for p in pairs if p.kind != DYNAMIC_PAIR]
         if variant.pairs != STATIC_PAIR:
             pairs += _dominating(person, clips, settings, by_motion=BY_MOTION in variant.readings)
-    trained = [c for c in clips if c.kind == schema.TRAINED_CLIP]
-    if FROZEN in variant.readings:
-        pairs += [_pair(person, c, c.clip_id + FROZEN_SUFFIX, "frozen") for c in _moving(trained)]
     if OTHERS in variant.readings:
-        for clip in trained:
+        for clip in (c for c in clips if c.kind == schema.TRAINED_CLIP):
             same = [f for f in foreign if (f.prompt, f.seed) == (clip.prompt, clip.seed)]
             pairs += [_pair(person, clip, f.clip_id, "others") for f in same[:1]]
     return pairs
-
-
-def _moving(clips: Sequence[ScoredClip]) -> list[ScoredClip]:
-    """The half that moves more."""
-    return sorted(clips, key=lambda c: -(c.motion_reward or 0.0))[: len(clips) // 2]
 
 
 def _dominating(person: str, clips: Sequence[ScoredClip], settings: recipe.Selection, *, by_motion: bool) -> list[Pair]:
     sampled = [
         c
         for c in clips
-        if c.kind != schema.STATIC_CLIP and None not in (c.identity_reward, c.motion_reward, c.semantics_reward)
+        if c.kind in (schema.BASE_CLIP, schema.TRAINED_CLIP)
+        and None not in (c.identity_reward, c.motion_reward, c.semantics_reward)
     ]
     rewards = np.array([[c.identity_reward, c.motion_reward, c.semantics_reward] for c in sampled], dtype=float)
     better = dominates(rewards[:, None], rewards[None, :])

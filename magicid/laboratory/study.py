@@ -17,10 +17,10 @@ from magicid import schema, weights
 from magicid.backbones import load_backbone
 from magicid.evaluation import results
 from magicid.evaluation.metrics import Sample
-from magicid.laboratory.clips import Bank, Sampler, TextBank, wanted
+from magicid.laboratory.clips import Bank, Sampler, TextBank, still_copy, wanted
 from magicid.laboratory.measuring import Measuring
 from magicid.laboratory.methods import Plan, Variant
-from magicid.laboratory.pairs import FROZEN_SUFFIX, make_pairs
+from magicid.laboratory.pairs import make_pairs
 from magicid.laboratory.people import SEED, Person, people
 from magicid.laboratory.population import Stack, StackedLora, take
 from magicid.laboratory.training import Preference, train_hpo, train_sft
@@ -46,7 +46,7 @@ class Owner:
 
 @dataclass(frozen=True)
 class Repository:
-    """Scored clips of one adapter: V_s, its V_t and V_id."""
+    """Scored clips of one adapter: V_s, its V_t and V_id; and V_still, which nobody scores."""
 
     owner: Owner
     clips: list[ScoredClip]
@@ -176,14 +176,15 @@ class Study:
             clips += wanted(schema.TRAINED_CLIP, owner.person.name, prompts, seeds, training=training)
             clips += wanted(schema.STATIC_CLIP, owner.person.name, [caption] * photos, [0] * photos, training=training)
             latents += [sampled[k], static[k]]
-        scored = self._scored(clips, torch.cat(latents), freeze=True)
+        scored = self._scored(clips, torch.cat(latents))
         self._say(f"repository after {start} SFT steps: {len(scored)} clips")
         found, position = [], 0
         for k, owner in enumerate(self.owners):
             count = len(prompts) + len(static[k])
             mine = [*self._base_clips, *scored[position : position + count]]
-            references = self.references[owner.person.name][0]
-            found.append(Repository(owner, with_identity_reward(mine, references)))
+            mine = with_identity_reward(mine, self.references[owner.person.name][0])
+            copies = [still_copy(clip) for clip in mine if clip.kind == schema.TRAINED_CLIP]
+            found.append(Repository(owner, [*mine, *copies]))
             position += count
         return found
 
@@ -231,14 +232,14 @@ class Study:
 
     # ---- clips ------------------------------------------------------------------------------------------------
 
-    def _scored(self, clips: Sequence[ScoredClip], latents: torch.Tensor, freeze: bool = False) -> list[ScoredClip]:
-        """Scored clips, their latents kept; with `freeze` also those of their first frames held still."""
+    def _scored(self, clips: Sequence[ScoredClip], latents: torch.Tensor) -> list[ScoredClip]:
+        """Scored clips, their latents kept; of V_t also those of V_still."""
         frames = self.sampler.decode(latents)
-        if freeze:
-            for start in range(0, len(frames), 60):
-                still = np.repeat(frames[start : start + 60, :1], frames.shape[1], axis=1)
-                names = [clip.clip_id + FROZEN_SUFFIX for clip in clips[start : start + 60]]
-                self.bank.add(names, self.sampler.backbone.encode_video(still))
+        trained = [i for i, clip in enumerate(clips) if clip.kind == schema.TRAINED_CLIP]
+        for start in range(0, len(trained), 60):
+            part = trained[start : start + 60]
+            still = np.repeat(frames[part, :1], frames.shape[1], axis=1)
+            self.bank.add([still_copy(clips[i]).clip_id for i in part], self.sampler.backbone.encode_video(still))
         return self.bank.score(self.measuring, clips, latents, frames)
 
     def _held_out(

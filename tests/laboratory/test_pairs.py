@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from magicid import recipe, schema
-from magicid.laboratory.methods import BOTH, ONLY_STATIC, Variant
+from magicid.laboratory.clips import still_copy
+from magicid.laboratory.methods import BOTH, ONLY_DYNAMIC, ONLY_STATIC, Variant
 from magicid.laboratory.pairs import make_pairs
 from magicid.schema import ScoredClip
 
-SETTINGS = recipe.load("face-world").selection
+SETTINGS = recipe.load("face-world", {"selection.still_pairs": 0}).selection
 
 
 def clip(name: str, kind: str, identity: float, motion: float, semantics: float, **more: object) -> ScoredClip:
@@ -42,9 +43,12 @@ def test_dominating_winners_move_more_than_their_losers() -> None:
     assert sides("dominates", ONLY_STATIC) == {("photo", "base")}
 
 
-def test_the_half_that_moves_more_wins_against_its_frozen_self() -> None:
-    assert ("good", "good/frozen") in sides("frozen")
-    assert ("stiff", "stiff/frozen") not in sides("frozen")
+def test_still_copies_are_the_trainers_own_in_every_reading() -> None:
+    clips, settings = [*CLIPS, *map(still_copy, (GOOD, STIFF))], SETTINGS.model_copy(update={"still_pairs": 1})
+    for readings in ("", "by-motion"):
+        made = make_pairs(Variant("hpo", readings=frozenset(readings.split())), "ada", clips, (), settings)
+        assert [(p.winner_id, p.loser_id) for p in made if p.kind == "P_still"] == [("good", "good/still")]
+    assert {p.kind for p in make_pairs(Variant("p_dy", ONLY_DYNAMIC), "ada", clips, (), settings)} == {"P_dy"}
 
 
 def test_another_person_of_the_same_prompt_and_seed_loses() -> None:
@@ -54,6 +58,8 @@ def test_another_person_of_the_same_prompt_and_seed_loses() -> None:
 
 
 def test_a_setting_names_what_differs() -> None:
-    variant = Variant("hpo", overrides={"hpo.beta": 600.0, "sft.steps": 120}, readings=frozenset(["others", "frozen"]))
-    assert variant.setting == "hpo.beta=600, sft.steps=120, frozen, others"
+    variant = Variant(
+        "hpo", overrides={"hpo.beta": 600.0, "sft.steps": 120}, readings=frozenset(["others", "dominates"])
+    )
+    assert variant.setting == "hpo.beta=600, sft.steps=120, dominates, others"
     assert Variant("hpo", overrides={"hpo.beta": 600.0}, named=False).setting == ""
