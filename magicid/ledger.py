@@ -28,7 +28,7 @@ from magicid.run import Run
 
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 STATES = (WAITING, RUNNING, DONE, FAILED, CANCELLED)
-STAGES = ("check", "photo clips", "sft", "trained clips", "pairs", "hpo", "evaluation", "publish")
+STAGES = ("check", "photo clips", "sft", "trained clips", "still clips", "pairs", "hpo", "evaluation", "publish")
 
 _NAME = re.compile(r"(snapshot|events)-(\d+)-(\d+)\.(?:parquet|jsonl)$")
 _MERGED = 40  # files of events that become one of the next level

@@ -71,8 +71,8 @@ def test_counts_progress_cost_and_failures(run: Run) -> None:
 
 
 def test_time_left_is_the_rest_at_this_drivers_pace(run: Run) -> None:
-    # In 1000 s: ada and di ended, bo is at 5.5 of 8 stages. Left are cy, and 2.5 stages of bo.
-    part = 5.5 / 8
+    # In 1000 s: ada and di ended, bo is at 6.5 of 9 stages. Left are cy, and 2.5 stages of bo.
+    part = 6.5 / 9
     assert status.read(run, NOW).left_s == pytest.approx((2 - part) * 1000 / (2 + part))
     write_lease(run, began_s=50)  # a driver that has just begun has no pace yet
     assert status.read(run, NOW).left_s is None

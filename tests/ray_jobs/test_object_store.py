@@ -60,7 +60,7 @@ def test_the_job_runs_in_a_bucket_and_goes_on_there(bucket: str, tmp_path: Path)
     assert adapters.verify(published.location)["identity_id"] == "ada"
     assert storage.read_bytes(f"{out}/report.html").startswith(b"<!")
     rows = Run(out).read_parts("scored", ScoredClip)
-    assert len(rows) == 21
+    assert len(rows) == 29
     assert all(row.error is None for row in rows)
     assert "test-secret" not in log.read_text()
 
@@ -70,4 +70,4 @@ def test_the_job_runs_in_a_bucket_and_goes_on_there(bucket: str, tmp_path: Path)
     storage.remove(published.location)
     assert job.finish(arguments, log) == 0, log.read_text()[-3000:]
     assert adapters.list_versions(out, "ada") == [published]
-    assert len(Run(out).read_parts("scored", ScoredClip)) == 21
+    assert len(Run(out).read_parts("scored", ScoredClip)) == 29
