@@ -1,4 +1,8 @@
-"""What the table allows to be said: a difference counts where two 95 % intervals do not touch."""
+"""What the table allows to be said: a difference counts where its 95 % interval does not hold 0.
+
+Every method is asked for the same prompts with the same seeds, so methods are compared clip by clip: what a prompt or a
+seed does to both of them is no difference.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from magicid.evaluation import results
+from magicid.evaluation.intervals import Interval
 from magicid.evaluation.table import DIGITS, METHODS, NAMES, TITLES, Estimate, measured
 from magicid.schema import MetricRow
 
@@ -17,13 +23,18 @@ REPORTED = (
 )  # fmt: skip
 EVERYBODY = "all together"  # has a space, so it is no identity's id
 JUDGED = ("face_sim", "dynamic_magnitude", "head_motion", "prompt_score")
+AGAINST = {"hpo": "sft", "sft": "base"}  # what each method is compared with
+
+Differences = dict[tuple[str, str, str], Interval]
+"""(identity, method, metric) -> the method minus the one it is compared with."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """One estimate as shown. `start`, `width` and `dot` are shares (0..1) of the metric's common axis.
 
-    `against` maps another method to 1 (this interval lies above the other's), -1 (below) or 0 (they touch).
+    `sign` is 1 where the method is above the one it is compared with, -1 where below, 0 where that cannot be said.
+    `difference` says by how much.
     """
 
     text: str
@@ -33,7 +44,8 @@ class Cell:
     start: float
     width: float
     dot: float
-    against: dict[str, int]
+    sign: int = 0
+    difference: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,11 +58,29 @@ class Line:
     cells: list[Cell | None]
 
 
-def separated(a: Estimate | None, b: Estimate | None) -> int:
-    """1 when a's interval lies wholly above b's, -1 when below, 0 when they touch or one has none."""
-    if a is None or b is None or a.low is None or a.high is None or b.low is None or b.high is None:
+def differences(rows: Sequence[MetricRow]) -> Differences:
+    """Each method of AGAINST minus its other one, over the clips of the same person, prompt and seed.
+
+    For every identity, and for EVERYBODY over those that have every method, people drawn as wholes.
+    """
+    by_person: dict[str, list[MetricRow]] = {}
+    for row in rows:
+        by_person.setdefault(row.identity_id, []).append(row)
+    found: Differences = {}
+    for name, members in [(EVERYBODY, whole(rows)), *by_person.items()]:
+        for method, other in AGAINST.items():
+            first, second = ([row for row in members if row.method == wanted] for wanted in (method, other))
+            for metric in REPORTED:
+                if interval := results.compare(first, second, metric):
+                    found[name, method, metric] = interval
+    return found
+
+
+def sign(interval: Interval | None) -> int:
+    """1 when the interval of a difference lies above 0, -1 when below, 0 when it holds 0 or there is none."""
+    if interval is None or interval.low is None or interval.high is None:
         return 0
-    return int(a.low > b.high) - int(a.high < b.low)
+    return int(interval.low > 0) - int(interval.high < 0)
 
 
 def shown(estimates: Sequence[Estimate]) -> list[str]:
@@ -58,8 +88,8 @@ def shown(estimates: Sequence[Estimate]) -> list[str]:
     return [metric for metric in measured(estimates) if metric in REPORTED]
 
 
-def lines(estimates: Sequence[Estimate]) -> list[Line]:
-    """The rows of the table."""
+def lines(estimates: Sequence[Estimate], found: Differences) -> list[Line]:
+    """The rows of the table; `found` are the `differences` of the same rows."""
     by_key = {(e.identity_id, e.method, e.metric): e for e in estimates}
     metrics = shown(estimates)
     axes = {metric: _axis([e for e in estimates if e.metric == metric]) for metric in metrics}
@@ -69,52 +99,43 @@ def lines(estimates: Sequence[Estimate]) -> list[Line]:
         clips = 0
         for metric in metrics:
             estimate = by_key.get((identity_id, method, metric))
-            others = {m: by_key.get((identity_id, m, metric)) for m in METHODS if m != method}
-            cells.append(_cell(estimate, others, *axes[metric]) if estimate else None)
+            compared = found.get((identity_id, method, metric))
+            cells.append(_cell(estimate, compared, *axes[metric]) if estimate else None)
             clips = max(clips, estimate.n + estimate.nulls if estimate else 0)
         rows.append(Line(identity_id, method, clips, cells))
     return rows
 
 
-def pooled(rows: Sequence[MetricRow]) -> list[MetricRow]:
-    """The rows of all identities that have every method as those of one, EVERYBODY; [] for fewer than two."""
+def whole(rows: Sequence[MetricRow]) -> list[MetricRow]:
+    """The rows of all identities that have every method; [] for fewer than two."""
     methods: dict[str, set[str]] = {}
     for row in rows:
         methods.setdefault(row.identity_id, set()).add(row.method)
     people = {person for person, found in methods.items() if found >= set(METHODS)}
-    if len(people) < 2:
-        return []
-    return [dataclasses.replace(row, identity_id=EVERYBODY) for row in rows if row.identity_id in people]
+    return [row for row in rows if row.identity_id in people] if len(people) > 1 else []
 
 
-def verdict(estimates: Sequence[Estimate], together: Sequence[Estimate] = ()) -> tuple[str, list[str]]:
-    """One plain sentence on HPO against SFT, and one for each metric.
+def pooled(rows: Sequence[MetricRow]) -> list[MetricRow]:
+    """`whole`, as those of one identity, EVERYBODY."""
+    return [dataclasses.replace(row, identity_id=EVERYBODY) for row in whole(rows)]
 
-    Args:
-        estimates: of single identities.
-        together: of all of them (`pooled`); where there are some, the first sentence is about these.
-    """
-    by_key = {(e.identity_id, e.method, e.metric): e for e in [*estimates, *together]}
-    people = sorted(_with(estimates, "hpo") & _with(estimates, "sft"))
+
+def verdict(found: Differences) -> tuple[str, list[str]]:
+    """One plain sentence on HPO against SFT, and one for each metric, from `differences`."""
+    people = sorted({name for name, method, _ in found if method == "hpo" and name != EVERYBODY})
     if not people:
         return "HPO and SFT were not both evaluated, so nothing can be said about them.", []
-    judged = people
-    if _with(together, "hpo") & _with(together, "sft"):
-        judged = [EVERYBODY]
-    above, below, sentences = [], [], []
-    for metric in JUDGED:
-        if any(by_key[p, m, metric].mean is None for p in people for m in ("sft", "hpo")):
-            continue
-        signs = {p: separated(by_key[p, "hpo", metric], by_key[p, "sft", metric]) for p in {*people, *judged}}
-        above += [metric] if any(signs[p] > 0 for p in judged) else []
-        below += [metric] if any(signs[p] < 0 for p in judged) else []
-        sentences.append(_sentence(metric, [signs[p] for p in people]))
+    together = any(name == EVERYBODY for name, _, _ in found)
+    judged = [EVERYBODY] if together else people
+    metrics = [metric for metric in JUDGED if all((p, "hpo", metric) in found for p in people)]
+    signs = {metric: [sign(found.get((p, "hpo", metric))) for p in judged] for metric in metrics}
+    above, below = ([metric for metric in metrics if way in signs[metric]] for way in (1, -1))
     headline = _headline(above, below)
-    return (f"Over all identities: {headline}" if judged == [EVERYBODY] else headline), sentences
-
-
-def _with(estimates: Sequence[Estimate], method: str) -> set[str]:
-    return {e.identity_id for e in estimates if e.method == method}
+    sentences = [
+        _sentence(metric, [sign(found[p, "hpo", metric]) for p in people], found.get((EVERYBODY, "hpo", metric)))
+        for metric in metrics
+    ]
+    return (f"Over all identities: {headline}" if together else headline), sentences
 
 
 def _headline(above: list[str], below: list[str]) -> str:
@@ -122,7 +143,7 @@ def _headline(above: list[str], below: list[str]) -> str:
         return " and ".join(METRIC_NAMES[metric] for metric in metrics)
 
     if not above and not below:
-        return "HPO does not beat SFT, for no 95 % interval of HPO lies above SFT's in any metric."
+        return "HPO does not beat SFT: no metric's difference has a 95 % interval above 0."
     if not above:
         return f"HPO does not beat SFT: it is below SFT in {names(below)} and above it in no metric."
     if below:
@@ -130,13 +151,21 @@ def _headline(above: list[str], below: list[str]) -> str:
     return f"HPO is above SFT in {names(above)}, and below it in no metric."
 
 
-def _sentence(metric: str, signs: list[int]) -> str:
+def _sentence(metric: str, signs: list[int], together: Interval | None) -> str:
     total, above, below = len(signs), signs.count(1), signs.count(-1)
     parts = [f"above SFT for {above}"] if above else []
     parts += [f"below SFT for {below}"] if below else []
     open_ = total - above - below
     parts += [f"not told apart from SFT for {open_}"] if open_ else []
-    return f"{METRIC_NAMES[metric]}: HPO is {', '.join(parts)} of {total} {'identity' if total == 1 else 'identities'}."
+    change = f"{_difference(metric, together)} in the mean; " if together else ""
+    who = "identity" if total == 1 else "identities"
+    return f"{METRIC_NAMES[metric]}: {change}HPO is {', '.join(parts)} of {total} {who}."
+
+
+def _difference(metric: str, interval: Interval) -> str:
+    digits = DIGITS.get(metric, 3)
+    ends = f" [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]" if interval.low is not None else ""
+    return f"{interval.mean:+.{digits}f}{ends}"
 
 
 def _axis(estimates: Sequence[Estimate]) -> tuple[float, float]:
@@ -146,9 +175,9 @@ def _axis(estimates: Sequence[Estimate]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _cell(e: Estimate, others: dict[str, Estimate | None], low: float, high: float) -> Cell:
+def _cell(e: Estimate, compared: Interval | None, low: float, high: float) -> Cell:
     if e.mean is None:
-        return Cell("–", "no clip has it", e.n, e.nulls, 0, 0, -1, {})
+        return Cell("–", "no clip has it", e.n, e.nulls, 0, 0, -1)
     digits = DIGITS.get(e.metric, 3)
     has_interval = e.low is not None and e.high is not None
     interval = f"{e.low:.{digits}f} to {e.high:.{digits}f}" if has_interval else "no interval"
@@ -163,5 +192,6 @@ def _cell(e: Estimate, others: dict[str, Estimate | None], low: float, high: flo
         start=(first - low) / span,
         width=(last - first) / span,
         dot=(e.mean - low) / span,
-        against={method: separated(e, other) for method, other in others.items() if other is not None},
+        sign=sign(compared),
+        difference=_difference(e.metric, compared) if compared else "",
     )

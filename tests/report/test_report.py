@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import json
 import re
@@ -13,7 +14,8 @@ import pytest
 
 from magicid import storage
 from magicid.clips import decode_mp4, encode_mp4
-from magicid.evaluation.table import Estimate, table
+from magicid.evaluation.intervals import Interval
+from magicid.evaluation.table import table
 from magicid.report import build_report, comparison, curves, media, svg
 from magicid.report.comparison import REPORTED, shown
 from magicid.report.pareto import fronts
@@ -193,32 +195,53 @@ def test_unknown_log_columns_get_a_chart(page: str) -> None:
     assert "2.5 steps per second" in page
 
 
-def _estimate(method: str, metric: str, low: float, high: float) -> Estimate:
-    return Estimate("ada", method, metric, (low + high) / 2, low, high, 12, 0)
+def _rows(name: str, method: str, values: list[float], **more: float) -> list[MetricRow]:
+    return [
+        dataclasses.replace(
+            MetricRow(f"{name}/{method}/{k}", name, method, "p", k, value, 1.0, 2.0, 0.5, 8, 13, 48, 48, None), **more
+        )
+        for k, value in enumerate(values)
+    ]
 
 
 @pytest.mark.parametrize(
-    ("hpo", "expected"),
+    ("change", "expected"),
     [
-        ((0.5, 0.6), "HPO is above SFT in face_sim, and below it in no metric."),
-        ((0.35, 0.6), "HPO does not beat SFT, for no 95 % interval of HPO lies above SFT's in any metric."),
-        ((0.1, 0.2), "HPO does not beat SFT: it is below SFT in face_sim and above it in no metric."),
+        (0.02, "HPO is above SFT in face_sim, and below it in no metric."),
+        (0.0, "HPO does not beat SFT: no metric's difference has a 95 % interval above 0."),
+        (-0.02, "HPO does not beat SFT: it is below SFT in face_sim and above it in no metric."),
     ],
 )
-def test_the_verdict_is_plain(hpo: tuple[float, float], expected: str) -> None:
-    estimates = [_estimate("sft", metric, 0.3, 0.4) for metric in comparison.JUDGED]
-    estimates += [
-        _estimate("hpo", metric, *(hpo if metric == "face_sim" else (0.3, 0.45))) for metric in comparison.JUDGED
-    ]
-    assert comparison.verdict(estimates)[0] == expected
+def test_the_verdict_is_of_clips_of_one_prompt_and_seed(change: float, expected: str) -> None:
+    sft = [0.1, 0.9, 0.3, 0.5]  # far more apart than the change, which is the same in each
+    rows = _rows("ada", "sft", sft) + _rows("ada", "hpo", [value + change for value in sft])
+    found = comparison.differences(rows)
+    said, sentences = comparison.verdict(found)
+    assert said == expected
+    assert found["ada", "hpo", "face_sim"].mean == pytest.approx(change)
+    assert sentences[0].startswith("face_sim: HPO is ")
+    assert comparison.verdict(comparison.differences(_rows("ada", "sft", sft)))[0].startswith("HPO and SFT were not")
 
 
-def test_intervals_that_touch_are_not_separated() -> None:
-    one, touching, above = (_estimate("hpo", "face_sim", *ends) for ends in ((0.1, 0.2), (0.2, 0.3), (0.21, 0.3)))
-    assert comparison.separated(one, touching) == 0
-    assert comparison.separated(above, one) == 1
-    assert comparison.separated(one, above) == -1
-    assert comparison.separated(one, Estimate("ada", "sft", "face_sim", 0.5, None, None, 1, 0)) == 0
+def test_all_together_are_people_and_a_person_counts_as_a_whole() -> None:
+    rows = []
+    for name, change in (("ada", 0.1), ("bo", 0.3)):
+        rows += _rows(name, "base", [0.0, 0.0]) + _rows(name, "sft", [0.2, 0.4])
+        rows += _rows(name, "hpo", [0.2 + change, 0.4 + change])
+    found = comparison.differences([*rows, *_rows("cy", "sft", [0.9])])
+    together = found[comparison.EVERYBODY, "hpo", "face_sim"]
+    assert (together.people, together.clips) == (2, 4)
+    assert together.mean == pytest.approx(0.2)
+    assert (together.low, together.high) == pytest.approx((0.1, 0.3))  # either person alone may be drawn
+    said, sentences = comparison.verdict(found)
+    assert said == "Over all identities: HPO is above SFT in face_sim, and below it in no metric."
+    assert sentences[0] == ("face_sim: +0.200 [+0.100, +0.300] in the mean; HPO is above SFT for 2 of 2 identities.")
+
+
+def test_an_interval_that_holds_zero_says_nothing() -> None:
+    ends = ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.2), (0.0, 0.2), (None, None))
+    assert [comparison.sign(Interval(0.1, *each, 2, 1, 1)) for each in ends] == [1, -1, 0, 0, 0]
+    assert comparison.sign(None) == 0
 
 
 def test_pooling_takes_only_identities_with_every_method() -> None:
