@@ -140,7 +140,8 @@ def verdict(found: Differences) -> tuple[str, list[str]]:
 
 def _headline(above: list[str], below: list[str]) -> str:
     def names(metrics: list[str]) -> str:
-        return " and ".join(METRIC_NAMES[metric] for metric in metrics)
+        *before, last = (METRIC_NAMES[metric] for metric in metrics)
+        return f"{', '.join(before)} and {last}" if before else last
 
     if not above and not below:
         return "HPO does not beat SFT: no metric's difference has a 95 % interval above 0."
