@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from magicid import recipe as recipes
+from magicid import storage_errors
 from magicid.errors import IdentityError, MagicIDError, PhotoError, RecipeError
 from magicid.manifests import ManifestRow, read_manifest
 from magicid.photos import check_size, decode_photo
@@ -73,7 +74,7 @@ def check_identity(
     Raises:
         IdentityError: no consent reference, an override the recipe refuses, or too few usable photos: all reasons are
             named.
-        StorageError: the copies cannot be written.
+        StorageError: the storage of a photo does not answer, or the copies cannot be written.
     """
     try:
         limits = recipe.for_identity(row.overrides).identities
@@ -138,6 +139,8 @@ def _usable(row: ManifestRow, limits: recipes.Identities, faces: FaceReader) -> 
             seen[digest] = name
             usable.append(_Photo(name, pixels, _one_face(pixels, name, limits, faces)))
         except MagicIDError as error:
+            if storage_errors.transient(error):  # that says nothing of the photo, and what is kept is kept for good
+                raise
             warnings.append(error.problem)
         except Exception as error:  # a recogniser that fails on one photo; the person's others go on
             warnings.append(f"{name} cannot be checked: {_reason(error)}")

@@ -51,7 +51,7 @@ async def customize_person(fleet: Fleet, row: ManifestRow) -> str:
     if known.state == ledger.DONE and await asyncio.to_thread(published, fleet.run, row.id, known.adapter):
         return str(known.adapter)
     fleet.progress(row.id, "check", 0, 1)
-    person = await fleet.intake.check(row)
+    person = await fleet.check(row)
     for warning in person.warnings:
         fleet.set_aside("photo", row.id, MagicIDError(warning, "replace the photo, or leave it out"))
     settings = fleet.recipe.for_identity(person.overrides)

@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 
 import ray.exceptions
 
-from magicid import adapters, commands, erasure, ledger, manifests, storage
-from magicid.errors import MagicIDError, TrainingError
+from magicid import adapters, commands, erasure, identities, ledger, manifests, storage
+from magicid.errors import IdentityError, MagicIDError, TrainingError
 from magicid.lease import Lease
 from magicid.ledger import Ledger
 from magicid.manifests import ManifestRow
 from magicid.recipe import Recipe
 from magicid.repository import AdapterRef
-from magicid.run import Run, training_uri
+from magicid.run import Run, identity_uri, training_uri
 from magicid.schema import Clip, Identity, Made, Prompt, Rejected, ScoredClip
 from ray_jobs import tasks
 from ray_jobs.job import cause
@@ -71,7 +71,7 @@ class Fleet:
         self._shared: dict[Any, asyncio.Task[Any]] = {}
         self._training: dict[str, asyncio.Future[Ended]] = {}
         self._admission = FairQueue(weights=recipe.fleet.weights, max_held=_window(recipe))
-        self._looked, self._fingerprint = 0.0, ""
+        self._driving, self._looked, self._fingerprint = False, 0.0, ""
         self._idle_since: dict[str, float] = {}
         self._sent_home: dict[str, bool] = {}
         self._told: MagicIDError | None = None
@@ -96,6 +96,7 @@ class Fleet:
             MagicIDError: nothing can be checked, generated or trained: models that cannot be loaded.
         """
         await self._look_for_people(manifest, first=True)
+        self._driving = True
         try:
             while self._ways or len(self._admission):
                 self.lease.check()
@@ -104,6 +105,7 @@ class Fleet:
                 if _now() - self._looked > self.recipe.fleet.manifest_s:
                     await self._look_for_people(manifest)
         finally:
+            self._driving = False
             for way in self._ways.values():
                 way.cancel()
             self.work.send_home.remote(TRAINING, True)
@@ -134,29 +136,43 @@ class Fleet:
             await asyncio.to_thread(storage.remove, command.location)
 
     def _arrive(self, row: ManifestRow) -> None:
-        """A row of the manifest: somebody new, somebody known, or another person under a known id."""
-        if row.id in self._rows:
+        """A row of the manifest: somebody new, somebody known, a corrected row, or another person under a known id."""
+        before = self._rows.get(row.id)
+        if row == before:
+            return
+        if row.id in self._ways:  # what was begun is finished as it was begun, if it still may be
+            self._still_agreed(row)
             return
         self._rows[row.id] = row
+        if before is not None:
+            self._admission.cancel(row.id)
         if erasure.tombstone(row.id) in self._erased:
             gone = f"{row.id} was deleted from this run"
             self.set_aside("identity", row.id, MagicIDError(gone, "take the row out of the manifest, or give a new id"))
             return
-        content = storage.sha256_json([row.photos, row.owner, row.class_word, row.overrides])
-        known = self.ledger.records.get(row.id)
+        content, known = _content(row), self.ledger.records.get(row.id)
         if known and known.row_sha256 not in ("", content) and known.adapter is not None:
-            changed = f"{row.id} is another row now than when its adapter was made"
-            self.set_aside("identity", row.id, MagicIDError(changed, "give the changed row a new id"))
+            self.set_aside("identity", row.id, _changed(row, "its adapter was made"))
             return
         changes: dict[str, Any] = {}
         if not known or known.state not in (ledger.CANCELLED, ledger.DONE):
             changes = {"state": ledger.WAITING, "problem": None, "action": None, "ended": None, "failed_clips": 0}
         self.ledger.update(
             row.id, owner=row.owner, arrived=known.arrived if known else self._arrival(), priority=row.priority,
-            deadline=row.deadline, row_sha256=content, **changes,
+            deadline=row.deadline, row_sha256=known.row_sha256 if known and known.row_sha256 else content, **changes,
         )  # fmt: skip
         if not known or known.state != ledger.CANCELLED:
             self._admission.put(Task(row.id, row.owner, 1.0, self.due(row)))
+
+    def _still_agreed(self, row: ManifestRow) -> None:
+        """Stop somebody under way whose row has lost its consent reference."""
+        try:
+            identities.check_consent(row, self.recipe.identities)
+        except IdentityError as error:
+            if self.ledger.records[row.id].state in (ledger.WAITING, ledger.RUNNING):
+                self._rows[row.id] = row
+                self._failed(row.id, error)
+                self._ways[row.id].cancel()
 
     def _arrival(self) -> float:
         """Now; rows that come together keep their order, so that who began first is finished first."""
@@ -223,6 +239,8 @@ class Fleet:
         finally:
             self._admission.finish(row.id)
             self._ways.pop(row.id, None)
+            if self._driving:  # thousands who are done already end no work that would wake the loop
+                self._admit()
             if (record := self.ledger.records.get(row.id)) is not None:
                 problem = record.problem if record.state == ledger.FAILED else None
                 self.traces.end(row.id, record.state, problem, record.adapter)
@@ -302,6 +320,20 @@ class Fleet:
             self.ledger.records[row.id].arrived, row.priority, row.deadline,
             ageing_s=fleet.ageing_s, deadline_lead_s=fleet.deadline_lead_s,
         )  # fmt: skip
+
+    async def check(self, row: ManifestRow) -> Identity:
+        """The checked identity of a row, whose consent is looked at however long ago its photos were.
+
+        Raises:
+            IdentityError: it cannot be used, or what is there was made from another row under the same id.
+        """
+        identities.check_consent(row, self.recipe.identities)
+        content = _content(row)
+        if self.ledger.records[row.id].row_sha256 != content:
+            if await asyncio.to_thread(self.run.has, identity_uri(row.id)):
+                raise _changed(row, "its photos were checked")
+            self.ledger.update(row.id, row_sha256=content)
+        return await self.intake.check(row)
 
     async def once(self, key: Any, make: Callable[[], Awaitable[T]]) -> T:
         """What is made once for all who ask under the same key; asked again after a failure, it is made again."""
@@ -420,6 +452,15 @@ class Fleet:
             note = ", ".join(f"{count} in {stage}" for stage, count in stages.items() if stage)
             ended = sum(self.ledger.states[state] for state in (ledger.DONE, ledger.FAILED, ledger.CANCELLED))
             self.display.show("identities", ended, len(self.ledger.records), note)
+
+
+def _content(row: ManifestRow) -> str:
+    """Hash of what decides the adapter that a row leads to."""
+    return storage.sha256_json([row.photos, row.owner, row.class_word, row.overrides])
+
+
+def _changed(row: ManifestRow, since: str) -> IdentityError:
+    return IdentityError(f"{row.id} is another row now than when {since}", "give the changed row a new id")
 
 
 def _now() -> float:

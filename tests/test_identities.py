@@ -16,11 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from magicid import identities
 from magicid import recipe as recipes
-from magicid.errors import IdentityError, ManifestError
+from magicid.errors import IdentityError, ManifestError, StorageError
 from magicid.identities import ManifestRow, check_identity, read_manifest
 from magicid.photos import decode_photo
 from magicid.schema import Identity, arrow_schema, to_rows
+from magicid.storage import file_size
 from magicid.weights import resolve
 
 RECIPE = recipes.load("face-world", {"identities.min_face_px": 20, "identities.min_photos": 3})
@@ -393,6 +395,17 @@ def test_a_missing_photo_is_named(tmp_path: Path) -> None:
     row = ManifestRow("ada", [str(tmp_path / "absent.png"), "nosuchscheme://x/1.png"])
     with pytest.raises(IdentityError, match=r"absent\.png.*nosuchscheme"):
         check_identity(row, RECIPE, PictureReader(), None, str(tmp_path))
+
+
+def test_a_store_that_is_away_is_no_photos_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(location: str) -> int:
+        raise StorageError(f"cannot read {location}", "wait") from ConnectionResetError()
+
+    photos = [photo((angle, 25), seed=angle) for angle in (0, 10, 20)]
+    monkeypatch.setattr(identities, "file_size", lambda name: (away if name.endswith("3.png") else file_size)(name))
+    with pytest.raises(StorageError):
+        check(tmp_path, [*photos, photo((30, 25), seed=30)])
+    assert not (tmp_path / "run").exists()
 
 
 def test_more_photos_than_wanted_are_left_out(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from magicid import commands, ledger, recipe
+from magicid import commands, ledger, recipe, storage
 from magicid.recipe import Recipe
-from magicid.run import Run
+from magicid.run import Run, identity_uri
 from magicid.schema import MetricRow, ScoredClip
 from ray_jobs.fleet import Fleet
 from ray_jobs.simulation import EPOCH, Durations, Outcome, simulate
@@ -85,6 +85,61 @@ def test_a_driver_that_goes_leaves_a_run_that_is_continued(tmp_path: Path) -> No
     measured = [(row.identity_id, row.clip_id) for row in where.read_parts("evaluation", MetricRow)]
     assert len(scored) == len(set(scored)) == 4 + 10 * (10 + 8 + 8)
     assert len(measured) == len(set(measured)) == 10 * 6
+
+
+def test_people_who_are_done_do_not_keep_the_others_waiting(tmp_path: Path) -> None:
+    rows = [person(f"p{number}") for number in range(600)]
+    where = Run(str(tmp_path / "run"))
+    book = ledger.Ledger(where, 1, every_s=0)
+    for row in rows[:-1]:
+        book.update(str(row["id"]), owner="a", state=ledger.DONE, adapter="v")
+        storage.write_json(where.path(f"adapters/{row['id']}/v/manifest.json"), {})
+    book.close()
+    outcome = run(tmp_path, rows)
+    assert outcome.published == ["p599"]
+    assert (
+        outcome.ledger.records["p599"].began or 0
+    ) - EPOCH < 1  # a look each 3 s for 14 of them would be two minutes
+
+
+def test_a_changed_row_trains_nobody_under_the_old_ones_name(tmp_path: Path) -> None:
+    where = Run(str(tmp_path / "run"))
+    first = run(tmp_path, [person("ada"), person("bo"), person("cy")], lasts_s=5)
+    assert first.published == []
+    for name in ("ada", "bo"):  # whose photos were checked
+        storage.write_json(where.path(identity_uri(name)), {})
+    rows = [person("ada", photos=["y.png"]), person("bo"), person("cy", photos=["y.png"])]
+    found = run(tmp_path, rows)
+    assert sorted(found.published) == ["bo", "cy"]
+    ada = found.ledger.records["ada"]
+    assert (ada.state, ada.adapter) == (ledger.FAILED, None)
+    assert ada.problem == "ada is another row now than when its photos were checked"
+    assert run(tmp_path, [person("ada"), *rows[1:]]).published == ["ada"]  # as it was begun
+
+
+def test_a_row_may_be_corrected_until_it_is_begun_and_consent_withdrawn_until_the_end(tmp_path: Path) -> None:
+    rows = [person(f"p{number:02}", consent="form") for number in range(30)]
+    hurried = {"fleet.manifest_s": 5, "identities.require_consent": True}
+
+    async def correct(fleet: Fleet, where: Run) -> None:
+        await asyncio.sleep(10)
+        running = next(name for name, record in fleet.ledger.records.items() if record.state == ledger.RUNNING)
+        assert fleet.ledger.records["p29"].state == ledger.WAITING
+        changed = [{**row, "consent": None} if row["id"] in (running, "p28") else row for row in rows]
+        changed[29] = {**changed[29], "overrides": {"hpo.steps": 5}}
+        manifest(tmp_path, changed)
+
+    made = recipe.load("face-world", SMALL | hurried)
+    outcome = run(tmp_path, rows, recipe=made, meanwhile=correct)
+    failed = {name: record for name, record in outcome.ledger.records.items() if record.state == ledger.FAILED}
+    assert sorted(failed) == ["p00", "p28"]
+    assert all(record.problem == f"{name} has no consent reference" for name, record in failed.items())
+    assert len(outcome.published) == 28
+    assert outcome.ledger.records["p29"].seconds["hpo"] < 5  # of 0.3 s a step
+    # and one whose photos were checked while there was one
+    storage.write_json(str(tmp_path / "run" / identity_uri("p00")), {})
+    assert run(tmp_path, [{**rows[0], "consent": ""}], recipe=made).published == []
+    assert run(tmp_path, rows[:1], recipe=made).published == ["p00"]
 
 
 def test_people_come_go_and_come_back_while_the_job_runs(tmp_path: Path) -> None:
