@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,7 +22,6 @@ import pyarrow.parquet as pq
 
 from magicid import adapters, repository, schema, storage
 from magicid.errors import AdapterError, IdentityError, MagicIDError, StorageError
-from magicid.recipe import Recipe
 from magicid.run import Run, training_uri
 from magicid.schema import Prompt
 
@@ -149,18 +147,20 @@ def _rows(run: Run, folder: str, identity_id: str) -> Iterator[dict[str, Any]]:
 
 def _wanted(run: Run, identity_id: str) -> list[dict[str, Any]]:
     """The clips that the run's recipe makes of the person. Raises StorageError and others where parts of it lack."""
-    recipe = Recipe.model_validate(tomllib.loads(storage.read_bytes(run.path("recipe.toml")).decode()))
+    recipe = run.recipe()
     base, person = str(storage.read_json(run.path("run.json"))["base_sha256"]), run.identity(identity_id)
     prompts = run.read("prompts.parquet", Prompt) if run.has("prompts.parquet") else []
     training, heldout = ([p for p in prompts if p.split == split] for split in ("training", "heldout"))
     clips = repository.static_clips(recipe, base, person)
     for stage in ("sft", "hpo"):
         uri = training_uri(identity_id, stage, adapters.WEIGHTS_NAME)
-        if run.has(uri):
-            adapter = repository.AdapterRef(uri, storage.sha256_bytes(storage.read_bytes(run.path(uri))))
-            trained = repository.trained_clips(recipe, base, training, person, adapter) if training else []
-            clips += [*trained, *repository.still_clips(trained)]
-            if heldout:
+        kept = storage.list_files(run.path(training_uri(identity_id, stage, "steps")), ".safetensors")
+        for file in [run.path(uri)] * run.has(uri) + kept:
+            adapter = repository.AdapterRef(uri, storage.sha256_bytes(storage.read_bytes(file)))
+            if training and file not in kept:
+                trained = repository.trained_clips(recipe, base, training, person, adapter)
+                clips += [*trained, *repository.still_clips(trained)]
+            if heldout:  # of the adapters on the way too: the curves
                 clips += repository.evaluation_clips(recipe, base, heldout, person.class_word, stage, person, adapter)
     return schema.to_rows(clips)
 

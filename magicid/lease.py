@@ -4,9 +4,10 @@
     driver/beat-<fence>.json      written again and again by it while it lives
 
 The highest fence drives. A driver takes the next fence when the one before has released its own, when its process is
-known to be dead, or when its heartbeat did not change for `lease_s` on the watcher's own clock; clocks of two machines
-are never compared. Two who try at once cannot both make the same file. Who was overtaken finds the higher fence at its
-next heartbeat and stops; everything it wrote meanwhile is content-addressed or carries its lower fence.
+known to be dead, or when its heartbeat did not change for `lease_s`, the longer one of both starts, on the watcher's
+own clock; clocks of two machines are never compared. Two who try at once cannot both make the same file. Who was
+overtaken finds the higher fence at its next heartbeat and stops; everything it wrote meanwhile is content-addressed or
+carries its lower fence.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from magicid import storage
@@ -27,7 +29,8 @@ from magicid.run import Run
 
 
 class Lease:
-    """The right to drive a run. `take` waits at most `lease_s`; the heartbeat runs in a thread until `release`."""
+    """The right to drive a run. `take` waits for `lease_s` at most, or that of the last driver if it is longer; the
+    heartbeat runs in a thread until `release`."""
 
     def __init__(self, run: Run, fence: int, lease_s: float) -> None:
         self.run, self.fence, self.lease_s = run, fence, lease_s
@@ -58,7 +61,7 @@ class Lease:
         fence = (before["fence"] if before else 0) + 1
         content = {
             "fence": fence, "holder": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(),
-            "began": time.time(), "submission": submission,
+            "began": time.time(), "submission": submission, **_processes(),
         }  # fmt: skip
         if not storage.create_bytes(_path(run, "lease", fence), json.dumps(content).encode()):
             raise LeaseError(
@@ -133,6 +136,7 @@ def _wait_until_free(run: Run, lease: dict[str, Any], lease_s: float, waiting: C
     if beat.get("state") == "released" or _known_dead(lease):
         return
     name = f"{lease['host']} (process {lease['pid']})"
+    lease_s = max(lease_s, beat.get("lease_s", 0.0))  # it beats as often as its own start asked for
     waiting(f"the last driver, on {name}, did not say goodbye: its heartbeat is watched for {lease_s:g} s")
     end = time.monotonic() + lease_s
     while time.monotonic() < end:
@@ -152,8 +156,9 @@ def _time(seconds: float) -> str:
 
 
 def _known_dead(lease: dict[str, Any]) -> bool:
-    """Whether the driver ran on this machine and its process is gone."""
-    if lease["host"] != socket.gethostname():
+    """Whether the driver ran on this machine, among the processes that are seen from here, and its own is gone."""
+    here = _processes()
+    if not here or any(lease.get(key) != value for key, value in here.items()):
         return False
     try:
         os.kill(lease["pid"], 0)
@@ -162,6 +167,18 @@ def _known_dead(lease: dict[str, Any]) -> bool:
     except PermissionError:
         return False
     return False
+
+
+def _processes() -> dict[str, str]:
+    """Which numbering of processes this one is in: machines may share a name, and a container has its own numbers.
+
+    {} where that cannot be known: on anything but Linux.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return {"boot": boot, "pid_namespace": str(Path("/proc/self/ns/pid").readlink())}
+    except OSError:
+        return {}
 
 
 def _read_beat(run: Run, fence: int) -> dict[str, Any]:

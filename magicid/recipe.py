@@ -396,14 +396,18 @@ def load(name_or_path: str | Path, overrides: dict[str, Any] | None = None) -> R
     Raises:
         RecipeError: no such recipe, not TOML, an unknown key (the nearest known one is named), an impossible value.
     """
-    text = _read(str(name_or_path))
+    return from_toml(_read(str(name_or_path)), str(name_or_path), overrides)
+
+
+def from_toml(text: str, name: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe's text; `name` is what errors call it. Raises RecipeError as `load` does."""
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"recipe {name_or_path} is not valid TOML: {error}", "correct that line") from error
+        raise RecipeError(f"recipe {name} is not valid TOML: {error}", "correct that line") from error
     for key, value in (overrides or {}).items():
         _set_dotted(values, key, value)
-    return _validate(values, str(name_or_path))
+    return _validate(values, name)
 
 
 def _read(name: str) -> str:

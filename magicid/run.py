@@ -27,7 +27,8 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, TypeVar
 
 from magicid import __version__, schema, storage
-from magicid.errors import StorageError
+from magicid import recipe as recipes
+from magicid.errors import MagicIDError, StorageError
 from magicid.recipe import Recipe
 from magicid.schema import Clip, Identity
 
@@ -54,7 +55,7 @@ class Run:
         marker = self.path("run.json")
         if storage.exists(marker):
             found = storage.read_json(marker)
-            if found["recipe_sha256"] != recipe.content_sha256:
+            if found["recipe_sha256"] != recipe.content_sha256 and not self._keeps(recipe):
                 raise StorageError(
                     f"{self.location} was begun with another recipe (hash {found['recipe_sha256'][:12]}, "
                     f"now {recipe.content_sha256[:12]})",
@@ -69,6 +70,22 @@ class Run:
         storage.write_bytes(self.path("recipe.toml"), recipe.to_toml().encode())
         content = {"recipe_sha256": recipe.content_sha256, "recipe": recipe.name, "base_sha256": base_sha256}
         storage.write_json(marker, {**content, "magicid": __version__})
+
+    def recipe(self) -> Recipe:
+        """The recipe that began the run, with today's defaults for keys that came later.
+
+        Raises:
+            RecipeError: it holds a key or value that is known no longer.
+            StorageError: it is not there.
+        """
+        return recipes.from_toml(storage.read_bytes(self.path("recipe.toml")).decode(), "recipe.toml of the run")
+
+    def _keeps(self, recipe: Recipe) -> bool:
+        """Whether the kept recipe makes what this one makes: a version with new keys has other hashes for both."""
+        try:
+            return self.recipe().content_sha256 == recipe.content_sha256
+        except MagicIDError:
+            return False
 
     def write(self, name: str, values: Sequence[Any], cls: type) -> None:
         """Write dataclasses as one Parquet table, `name` relative to the run."""

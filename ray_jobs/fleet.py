@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from magicid.manifests import ManifestRow
 from magicid.recipe import Recipe
 from magicid.repository import AdapterRef
 from magicid.run import Run, identity_uri, training_uri
-from magicid.schema import Clip, Identity, Made, Prompt, Rejected, ScoredClip
+from magicid.schema import Clip, Identity, Made, Prompt, Rejected, ScoredClip, to_row
 from ray_jobs import tasks
 from ray_jobs.job import cause
 from ray_jobs.keeping import failure
@@ -65,6 +65,7 @@ class Fleet:
         self.prompts: list[Prompt] = []
         self.ledger = book or Ledger(run, lease.fence, may_write=lease.check)
         self.rejected: list[Rejected] = []
+        self._clips_of: defaultdict[str, set[str]] = defaultdict(set)  # identity -> its clips among them
         self._customize = customize
         self._rows: dict[str, ManifestRow] = {}
         self._ways: dict[str, asyncio.Task[None]] = {}
@@ -96,6 +97,7 @@ class Fleet:
             MagicIDError: nothing can be checked, generated or trained: models that cannot be loaded.
         """
         await self._look_for_people(manifest, first=True)
+        self._end_absent()
         self._driving = True
         try:
             while self._ways or len(self._admission):
@@ -123,7 +125,7 @@ class Fleet:
                 rows, unreadable = await asyncio.to_thread(manifests.read_manifest, manifest)
                 self._fingerprint = fingerprint
                 for bad in unreadable:
-                    if bad not in self.rejected:
+                    if bad not in self.rejected and erasure.tombstone(bad.name) not in self._erased:
                         self.set_aside(bad.kind, bad.name, MagicIDError(bad.problem, bad.action))
                 for row in rows:
                     self._arrive(row)
@@ -147,8 +149,8 @@ class Fleet:
         if before is not None:
             self._admission.cancel(row.id)
         if erasure.tombstone(row.id) in self._erased:
-            gone = f"{row.id} was deleted from this run"
-            self.set_aside("identity", row.id, MagicIDError(gone, "take the row out of the manifest, or give a new id"))
+            advice = "take the row out of the manifest, or give a new id"  # said, and kept nowhere
+            self.display.say(f"{row.id} was deleted from this run: {advice}", "yellow")
             return
         content, known = _content(row), self.ledger.records.get(row.id)
         if known and known.row_sha256 not in ("", content) and known.adapter is not None:
@@ -163,6 +165,13 @@ class Fleet:
         )  # fmt: skip
         if not known or known.state != ledger.CANCELLED:
             self._admission.put(Task(row.id, row.owner, 1.0, self.due(row)))
+
+    def _end_absent(self) -> None:
+        """Those whom an earlier start left open and no row names any more: they would be waited for, for ever."""
+        for record in [r for r in self.ledger.records.values() if r.state in (ledger.WAITING, ledger.RUNNING)]:
+            if record.identity_id not in self._rows:
+                gone = f"no usable row of the manifest names {record.identity_id} any more"
+                self._failed(record.identity_id, MagicIDError(gone, "add the row again to go on"))
 
     def _still_agreed(self, row: ManifestRow) -> None:
         """Stop somebody under way whose row has lost its consent reference."""
@@ -188,6 +197,9 @@ class Fleet:
             if name in self._ways:
                 self._ways[name].cancel()
             self.ledger.forget(name)
+            about = [row for row in self.rejected if erasure.named(to_row(row), name, self._clips_of.get(name, set()))]
+            self.rejected = [row for row in self.rejected if row not in about]
+            self._clips_of.pop(name, None)
 
     async def _obey(self, command: commands.Command) -> None:
         name = command.identity_id
@@ -352,6 +364,7 @@ class Fleet:
             error = MagicIDError(str(clip.again), "the others go on; run again to try it again")
             self.set_aside("clip", clip.clip_id, error)
             if row:
+                self._clips_of[row.id].add(clip.clip_id)
                 self.ledger.update(row.id, problem=f"clip {clip.clip_id}: {clip.again}", action=error.action)
         if row and failed:
             self.ledger.update(row.id, failed_clips=self.ledger.records[row.id].failed_clips + len(failed))

@@ -19,7 +19,7 @@ from magicid.cli import app
 from magicid.erasure_proof import scan
 from magicid.errors import IdentityError, StorageError
 from magicid.run import Run, clip_uri, training_uri
-from magicid.schema import Prompt, Rejected, ScoredClip
+from magicid.schema import CURVE_CLIP, Prompt, Rejected, ScoredClip
 from tests.object_store import s3_bucket
 from tests.report.fake_run import fill
 
@@ -142,6 +142,22 @@ def test_an_interrupted_erasure_is_finished_by_doing_it_again(tmp_path: Path, mo
             failures += 1
     assert 1 <= failures < 20
     assert scan(run.location, "ada", marks).found == []
+
+
+def test_clips_of_adapters_that_were_kept_on_the_way_go_too(tmp_path: Path) -> None:
+    run, made = finished(str(tmp_path), ("ada", "bruno")), {}
+    for name in ("ada", "bruno"):  # made, by a worker that was killed before it wrote their rows
+        uri = training_uri(name, "hpo", "steps/step-000020.safetensors")
+        ref = repository.AdapterRef(uri, storage.write_arrays(run.path(uri), {name: np.ones(1)}))
+        prompts = [prompt for prompt in run.read("prompts.parquet", Prompt) if prompt.split == "heldout"]
+        person = run.identity(name)
+        (clip, *_) = repository.evaluation_clips(
+            run.recipe(), "b" * 64, prompts, person.class_word, "hpo", person, ref, 70, CURVE_CLIP
+        )
+        made[name] = clip_uri(clip.clip_id, ".mp4")
+        storage.write_bytes(run.path(made[name]), b"a clip")
+    erasure.delete(run.location, "ada")
+    assert [run.has(made[name]) for name in ("ada", "bruno")] == [False, True]
 
 
 def test_an_id_that_is_a_word_of_the_layout_takes_nobody_else_along(tmp_path: Path) -> None:

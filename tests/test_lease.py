@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> Run:
 def elsewhere(run: Run, fence: int = 1) -> None:
     """Let the lease be another machine's, whose processes nobody here can look at."""
     location = run.path("driver", f"lease-{fence:08d}.json")
-    storage.write_json(location, {**storage.read_json(location), "host": "far-away", "pid": 41})
+    storage.write_json(location, {**storage.read_json(location), "host": "far-away", "boot": "another", "pid": 41})
 
 
 def silent(held: Lease) -> Lease:
@@ -69,6 +69,27 @@ def test_a_driver_of_this_machine_that_was_killed_is_followed_at_once(run: Run) 
     after = Lease.take(run, 3600)
     assert (held.fence, after.fence) == (1, 2)
     after.release()
+
+
+@pytest.mark.parametrize("key", ["boot", "pid_namespace"])
+@pytest.mark.parametrize("other", ["another", None])
+def test_an_equal_name_is_not_the_same_machine_or_container(run: Run, key: str, other: str | None) -> None:
+    Lease.take(run, 3600).release()
+    found: Any = lease.newest(run)
+    child = os.posix_spawn("/bin/true", ["true"], {})
+    os.waitpid(child, 0)
+    assert lease._known_dead({**found, "pid": child})
+    assert not lease._known_dead({**found, "pid": child, key: other})
+
+
+def test_the_patience_is_that_of_the_driver_that_is_watched(run: Run) -> None:
+    slow = Lease.take(run, 3 * LEASE_S)
+    elsewhere(run)
+    told: list[str] = []
+    with pytest.raises(LeaseError, match="is being driven on far-away"):
+        Lease.take(run, LEASE_S / 8, told.append)  # by its own measure the other is late at every beat
+    assert "watched for 2.4 s" in told[0]
+    slow.release()
 
 
 def test_a_stale_lease_is_taken_over_and_the_old_driver_stops_writing(run: Run) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from magicid import ledger, status, status_view, storage
+from magicid import lease, ledger, status, status_view, storage
 from magicid.errors import StorageError
 from magicid.ledger import Ledger
 from magicid.run import Run
@@ -101,7 +101,7 @@ def test_a_driver_whose_process_is_gone_is_lost_at_once(run: Run) -> None:
     location = run.path("driver", "lease-00000007.json")
     child = os.posix_spawn("/bin/true", ["true"], {})
     os.waitpid(child, 0)
-    storage.write_json(location, {**storage.read_json(location), "pid": child})
+    storage.write_json(location, {**storage.read_json(location), **lease._processes(), "pid": child})
     assert status.read(run, NOW).driver.state == "lost"
 
 

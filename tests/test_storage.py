@@ -69,6 +69,21 @@ def test_a_run_refuses_another_recipe(tmp_path: Path) -> None:
         run.open(plain, "other")
 
 
+def test_a_run_begun_before_a_key_was_known_goes_on_with_the_keys_default(tmp_path: Path) -> None:
+    run, plain = Run(str(tmp_path)), recipe.load("face-world")
+    run.open(plain, "base")
+    lines = (tmp_path / "recipe.toml").read_text().splitlines(keepends=True)
+    (tmp_path / "recipe.toml").write_text("".join(line for line in lines if line != "every = 0\n"))
+    storage.write_json(run.path("run.json"), {**storage.read_json(run.path("run.json")), "recipe_sha256": "of then"})
+    run.open(plain, "base")
+    assert run.recipe() == plain
+    with pytest.raises(StorageError, match="begun with another recipe"):
+        run.open(plain.with_overrides({"hpo.beta": 3}), "base")
+    (tmp_path / "recipe.toml").write_text("gone = 1")  # a key that is known no longer
+    with pytest.raises(StorageError, match="begun with another recipe"):
+        run.open(plain, "base")
+
+
 def test_an_unwritable_location_is_an_error(tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("not a folder")

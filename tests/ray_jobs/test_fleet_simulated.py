@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from magicid import commands, ledger, recipe, storage
+from magicid import commands, erasure, ledger, recipe, status, storage
+from magicid.errors import MagicIDError
 from magicid.recipe import Recipe
 from magicid.run import Run, identity_uri
 from magicid.schema import MetricRow, ScoredClip
@@ -140,6 +141,44 @@ def test_a_row_may_be_corrected_until_it_is_begun_and_consent_withdrawn_until_th
     storage.write_json(str(tmp_path / "run" / identity_uri("p00")), {})
     assert run(tmp_path, [{**rows[0], "consent": ""}], recipe=made).published == []
     assert run(tmp_path, rows[:1], recipe=made).published == ["p00"]
+
+
+def test_who_left_the_manifest_is_not_waited_for(tmp_path: Path) -> None:
+    rows = [person(f"p{number:02}") for number in range(20)]
+    first = run(tmp_path, rows, lasts_s=42)
+    left = [name for name, record in first.ledger.records.items() if record.state != ledger.DONE and name >= "p02"]
+    assert {first.ledger.records[name].state for name in left} == {ledger.WAITING, ledger.RUNNING}
+    second = run(tmp_path, [row for row in rows if row["id"] not in left])
+    assert {second.ledger.records[name].state for name in left} == {ledger.FAILED}
+    assert second.ledger.records[left[0]].problem == f"no usable row of the manifest names {left[0]} any more"
+    found = status.read(Run(str(tmp_path / "run")))
+    assert (found.driver.state, sorted(record.identity_id for record in found.failed)) == (status.ENDED, sorted(left))
+    third = run(tmp_path, rows)
+    assert sorted(first.published + second.published + third.published) == [row["id"] for row in rows]
+
+
+def test_a_deleted_person_is_in_no_list_of_what_was_set_aside(tmp_path: Path) -> None:
+    rows, fleets, gone = [person(f"p{number}") for number in range(6)], [], []
+
+    async def delete(fleet: Fleet, where: Run) -> None:
+        fleets.append(fleet)
+        await asyncio.sleep(10)
+        gone.append(next(name for name, record in fleet.ledger.records.items() if record.state == ledger.RUNNING))
+        fleet.set_aside("photo", gone[0], MagicIDError("1.png is dark", "replace it"))
+        fleet.set_aside("photo", "p5", MagicIDError("2.png is dark", "replace it"))
+        fleet.ledger.flush()
+        erasure.delete(where.location, gone[0])
+
+    made = settings(fleet__manifest_s=5)
+    outcome = run(tmp_path, rows, recipe=made, meanwhile=delete)
+    assert sorted(outcome.published) == sorted({str(row["id"]) for row in rows} - {*gone})
+    assert [row.name for row in fleets[0].rejected] == ["p5"]
+
+    async def look(fleet: Fleet, where: Run) -> None:
+        fleets.append(fleet)
+
+    run(tmp_path, [*rows, person(gone[0].upper(), photos=[])], recipe=made, meanwhile=look)
+    assert fleets[1].rejected == []
 
 
 def test_people_come_go_and_come_back_while_the_job_runs(tmp_path: Path) -> None:
