@@ -51,6 +51,10 @@ class _Row:
     done: int = 0
 
 
+class BatchFull(GenerationError):
+    """The batch has no row left; it passes when a video leaves."""
+
+
 class Engine:
     """Denoises up to `max_batch` videos together, one step of each at a time.
 
@@ -63,7 +67,7 @@ class Engine:
     """
 
     def __init__(self, backbone: PipelineBackbone, *, max_batch: int, compiler: str = "") -> None:
-        self._backbone, self._max_batch = backbone, max_batch
+        self._backbone, self.max_batch = backbone, max_batch
         self._lora = MixedLora(backbone.transformer, backbone.lora_target_modules(), keep_ranks=bool(compiler))
         if compiler:
             backbone.transformer.compile(backend=compiler)
@@ -77,14 +81,17 @@ class Engine:
         guidance 1, with HunyuanVideo above the recipe's true_cfg_scale 1. Without one the recipe's is taken.
 
         Raises:
-            GenerationError: the batch is full, or the key is in it.
+            BatchFull: there is no row left.
+            GenerationError: the key is in the batch.
             BackboneError: frames, height or width do not fit the model.
             AdapterError: the adapter has modules that this recipe does not adapt.
         """
         with self._admitting:
-            if key in self._rows or len(self._rows) >= self._max_batch:
-                problem = f"video {key} cannot join: it is there already, or the batch of {self._max_batch} is full"
-                raise GenerationError(problem, "admit it once, when another has left")
+            if key in self._rows:
+                raise GenerationError(f"video {key} is in the batch already", "admit it once")
+            if len(self._rows) >= self.max_batch:
+                problem = f"video {key} cannot join: the batch of {self.max_batch} is full"
+                raise BatchFull(problem, "admit it when another has left")
             if lora is not None:
                 self._lora.check(lora)
             self._rows[key] = self._make_row(key, request, lora)

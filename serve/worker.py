@@ -23,7 +23,7 @@ from magicid.backbones.mixed_lora import LoraWeights
 from magicid.errors import AdapterError, MagicIDError, StorageError
 from magicid.storage import exists, join
 from serve.adapter_cache import AdapterCache, CacheFull
-from serve.engine import Engine, Sample
+from serve.engine import BatchFull, Engine, Sample
 from serve.jobs import JobStore
 from serve.logs import describe
 from serve.schema import CANCELLED, Job
@@ -119,29 +119,58 @@ class Worker:
         self._release_all()
 
     def take(self) -> Future[str] | None:
-        """Claim the next job and bring its adapter; None when nothing waits. Blocks while an adapter is loaded.
+        """Claim the next job and bring its adapter; None when nothing waits, or as many are held as the batch takes.
 
-        The future ends with `completed`, an error code, or `lost` when the record went to somebody else.
+        Blocks while an adapter is loaded. The future ends with `completed`, an error code, or `lost` when the record
+        went to somebody else or back to the queue.
         """
-        if self._stopping.is_set():
+        with self._lock:  # callers who left have left their claims here
+            full = len(self._claims) >= self.engine.max_batch
+        if full or self._stopping.is_set():
             return None
         claimed = self.jobs.claim(self.name, resident=self.cache.resident())
         if not claimed:
             return None
         claim = _Claim(claimed[0])
-        with self._lock:
-            self._claims[claim.job.id] = claim
+        self._hold(claim)
         try:
-            claim.lora = self._adapter(claim)
+            self._bring(claim)
         except StorageError as error:
             self._leave(claim, error)
+        except CacheFull:  # no room became free before this worker stopped
+            self._give_back(claim, broken=self.failure is not None)
         except MagicIDError as error:
             self._fail(claim, "adapter_unusable", error)
+        except Exception as error:  # such as a device without memory: perhaps better elsewhere, but not for ever
+            _log.exception("the adapter of job %s was not loaded", claim.job.id, extra=_told(claim, error))
+            self._give_back(claim, broken=True)
         else:
             self._arrived.put(claim)
             if self._stopping.is_set():  # by now nobody takes it in
                 self._release_all(broken=self.failure is not None)
         return claim.done
+
+    def _hold(self, claim: _Claim) -> None:
+        with self._lock:
+            old = self._claims.get(claim.job.id)
+        if old is not None:  # its lease lapsed here, and it came back
+            self._end(old, "lost")
+        with self._lock:
+            self._claims[claim.job.id] = claim
+
+    def _bring(self, claim: _Claim) -> None:
+        """Give the claim its adapter, unless it has ended meanwhile: then nobody else would release it."""
+        lora = self._adapter(claim)
+        with self._lock:
+            held = self._claims.get(claim.job.id) is claim
+            claim.lora = lora if held else None
+        if lora is not None and not held:
+            self._let_go(claim)
+
+    def _let_go(self, claim: _Claim) -> None:
+        """The claim's adapter may be evicted, as far as this claim is concerned."""
+        self.cache.release(str(claim.job.target.location))
+        self._freed.set()
 
     def _adapter(self, claim: _Claim) -> LoraWeights | None:
         """The claim's adapter, kept in memory until the claim ends. Waits while all room is in use."""
@@ -190,13 +219,18 @@ class Worker:
                 claim = self._arrived.get(block=block)
             except queue.Empty:
                 return
-            if claim is None or claim.job.id not in self._claims:  # stopping, or lost while its adapter was loaded
+            if claim is None or self._claims.get(claim.job.id) is not claim:  # stopping, or ended before it came here
                 return
             block = False
             try:
                 self.engine.admit(claim.job.id, claim.job.request, claim.lora)
+            except BatchFull:
+                self._give_back(claim)
             except MagicIDError as error:
                 self._fail(claim, "generation_failed", error)
+            with self._lock:
+                if self._claims.get(claim.job.id) is not claim:  # it ended while its prompt was encoded
+                    self.engine.drop(claim.job.id)
 
     def _batch(self) -> tuple[int, int]:
         """Rows in the batch, and how many identities they are of."""
@@ -225,8 +259,11 @@ class Worker:
         try:
             clips = self.engine.decode_all([(latents, claim.job.request) for claim, latents in ready])
         except Exception as error:
-            for claim, _ in ready:
-                self._fail(claim, "generation_failed", error)
+            if len(ready) == 1:
+                self._fail(ready[0][0], "generation_failed", error)
+            else:  # one that cannot be decoded takes no other along
+                for each in ready:
+                    self._finish([each])
             return
         for (claim, _), frames in zip(ready, clips):
             try:
@@ -265,7 +302,6 @@ class Worker:
                 return
             told = {key: (claim.job.fence, claim.percent) for key, claim in held.items()}
             for key in self.jobs.heartbeat(self.name, told):
-                self.engine.drop(key)
                 ours = self.jobs.fail(key, held[key].job.fence, CANCELLED, "cancelled on request")
                 self._end(held[key], CANCELLED if ours else "lost")
 
@@ -284,13 +320,22 @@ class Worker:
         _log.warning("job %s is left until storage is back", claim.job.id, extra=_told(claim, error))
         self._end(claim, "storage_failed")
 
+    def _give_back(self, claim: _Claim, *, broken: bool = False) -> None:
+        try:
+            self.jobs.release(claim.job.id, claim.job.fence, broken=broken)
+        except (StorageError, SQLAlchemyError) as away:  # its lease lapses
+            _log.warning("job %s could not be given back", claim.job.id, extra=_told(claim, away))
+        self._end(claim, "lost")
+
     def _end(self, claim: _Claim, outcome: str) -> None:
         with self._lock:
-            if self._claims.pop(claim.job.id, None) is None:
+            if self._claims.get(claim.job.id) is not claim:
                 return
-        if claim.lora is not None:
-            self.cache.release(str(claim.job.target.location))
-            self._freed.set()
+            del self._claims[claim.job.id]
+            self.engine.drop(claim.job.id)
+            has_lora = claim.lora is not None
+        if has_lora:
+            self._let_go(claim)
         waited = max(0.0, (claim.job.started_at or claim.job.created_at) - claim.job.created_at)
         self.metrics.ended(outcome, waited, time.monotonic() - claim.began)
         claim.done.set_result(outcome)
@@ -299,11 +344,7 @@ class Worker:
         with self._lock:
             held = list(self._claims.values())
         for claim in held:
-            try:
-                self.jobs.release(claim.job.id, claim.job.fence, broken=broken)
-            except (StorageError, SQLAlchemyError) as away:  # its lease lapses
-                _log.warning("job %s could not be given back", claim.job.id, extra=_told(claim, away))
-            self._end(claim, "lost")
+            self._give_back(claim, broken=broken)
 
 
 def _told(claim: _Claim, error: Exception) -> dict[str, object]:

@@ -76,6 +76,8 @@ def check(transformer: Any, lora_state: dict[str, Tensor]) -> int:
         half = key.rsplit(".lora_", 1)[-1]
         if not key.startswith(_PREFIX) or half not in ("A.weight", "B.weight") or not hasattr(module, "weight"):
             raise AdapterError(f"{key} is not a LoRA tensor of this transformer", action)
+        if tensor.ndim != 2 or 0 in tensor.shape:
+            raise AdapterError(f"{key} {tuple(tensor.shape)} is not a matrix with rows and columns", action)
         weight = module.weight  # type: ignore[union-attr]
         rank, width = tensor.shape if half == "A.weight" else tensor.shape[::-1]
         if width != weight.shape[1 if half == "A.weight" else 0]:

@@ -7,6 +7,7 @@ Ranks may differ; the missing ones are zeros.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,8 +45,10 @@ class LoraWeights:
             state: published names, `transformer.<module>.lora_A.weight` (r, in) and `lora_B.weight` (out, r).
 
         Raises:
-            AdapterError: the tensors do not fit this transformer, or are not all finite.
+            AdapterError: the tensors do not fit this transformer, or they or `alpha` are not finite numbers.
         """
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):  # it comes out of a file, too
+            raise AdapterError(f"alpha is {alpha!r}, which is not a finite number", "publish the adapter again")
         rank = adapter_slot.check(transformer, state)
         broken = next((name for name, tensor in state.items() if not torch.isfinite(tensor).all()), None)
         if broken is not None:

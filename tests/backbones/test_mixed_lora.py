@@ -131,9 +131,15 @@ def test_what_does_not_fit_is_refused(case: Case, folders: dict[str, Path]) -> N
         {name: tensor for name, tensor in state.items() if name != key},
         {**state, "transformer.elsewhere.lora_A.weight": torch.zeros(2, 24)},
         {**state, key: torch.full_like(state[key], float("nan"))},
+        {**state, key: state[key][0]},
+        {**state, key: state[key][None]},
+        {name: tensor[:0] if ".lora_A." in name else tensor[:, :0] for name, tensor in state.items()},
     ):
         with pytest.raises(AdapterError):
             LoraWeights.from_published(broken, case.alpha, transformer)
+    for alpha in ("8", None, float("nan")):
+        with pytest.raises(AdapterError, match="alpha"):
+            LoraWeights.from_published(state, alpha, transformer)
     with pytest.raises(AdapterError, match="no linear layer matches"):
         MixedLora(transformer, "elsewhere")
     foreign = LoraWeights({"elsewhere": (torch.zeros(2, 24), torch.zeros(24, 2))}, 1.0)

@@ -16,7 +16,7 @@ from magicid.backbones import load_backbone
 from magicid.backbones.mixed_lora import LoraWeights
 from magicid.backbones.pipeline import PipelineBackbone
 from magicid.errors import AdapterError, BackboneError, GenerationError
-from serve.engine import Engine, Sample
+from serve.engine import BatchFull, Engine, Sample
 from serve.schema import VideoRequest
 from tests.backbones.test_adapters import trained_lora
 from tests.tiny_models import tiny_hunyuan_folder, tiny_recipe, tiny_wan_folder
@@ -269,7 +269,7 @@ def test_videos_join_from_other_threads_while_the_batch_moves(hunyuan: Model) ->
 def test_what_cannot_join_is_refused_and_the_batch_goes_on(hunyuan: Model) -> None:
     engine = hunyuan.engine(max_batch=2)
     engine.admit("a", REQUEST, None)
-    with pytest.raises(GenerationError, match="a cannot join"):
+    with pytest.raises(GenerationError, match="a is in the batch already"):
         engine.admit("a", REQUEST, None)
     with pytest.raises(BackboneError, match=r"sampling\.frames = 6"):
         engine.admit("b", replace(REQUEST, frames=6), None)
@@ -279,7 +279,7 @@ def test_what_cannot_join_is_refused_and_the_batch_goes_on(hunyuan: Model) -> No
     with pytest.raises(AdapterError, match="elsewhere"):
         engine.admit("b", REQUEST, foreign)
     engine.admit("b", REQUEST, None)
-    with pytest.raises(GenerationError, match="the batch of 2 is full"):
+    with pytest.raises(BatchFull, match="the batch of 2 is full"):
         engine.admit("c", REQUEST, None)
     found = finish(engine)
     torch.testing.assert_close(found["a"], found["b"], atol=1e-6, rtol=0)

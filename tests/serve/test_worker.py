@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sqlalchemy.exc import OperationalError
+from torch import Tensor
 
 from magicid import adapters
 from magicid.adapters import AdapterManifest
 from magicid.backbones import load_backbone
+from magicid.backbones.mixed_lora import LoraWeights
 from magicid.errors import StorageError
 from serve.adapter_cache import AdapterCache, load_adapter
 from serve.database import Database
@@ -32,7 +35,12 @@ LEASE_S = 0.8
 
 
 class Paced(Engine):
-    """An engine whose steps wait for leave; `break_with` is raised instead of the next one."""
+    """An engine whose steps wait for leave; `break_with` is raised instead of the next one.
+
+    A video of the seed `undecodable` ends the decoder's call, as one does that takes all memory.
+    """
+
+    undecodable: int | None = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -46,6 +54,11 @@ class Paced(Engine):
         if self.break_with is not None:
             raise self.break_with
         return super().step()
+
+    def decode_all(self, finished: Sequence[tuple[Tensor, VideoRequest]]) -> list[np.ndarray]:
+        if self.undecodable in [request.seed for _, request in finished]:
+            raise RuntimeError("no memory for the decoder")
+        return super().decode_all(finished)
 
 
 class Clips:
@@ -114,11 +127,12 @@ class Bench:
     def store(self, clock: Callable[[], float]) -> JobStore:
         return JobStore(self.database, lease_s=LEASE_S, max_attempts=3, retention_s=600, max_queued=100, clock=clock)
 
-    def new_worker(self, name: str, jobs: JobStore) -> Worker:
-        def load(location: str) -> Any:
-            return load_adapter(location, self.backbone.base_sha256, self.backbone.transformer)
+    def load(self, location: str) -> LoraWeights:
+        return load_adapter(location, self.backbone.base_sha256, self.backbone.transformer)
 
-        return Worker(name, self.engine, AdapterCache(load, 1 << 30), jobs, self.clips, self.figures, lease_s=LEASE_S)
+    def new_worker(self, name: str, jobs: JobStore, cache_bytes: int = 1 << 30) -> Worker:
+        cache = AdapterCache(lambda location: self.load(location), cache_bytes)
+        return Worker(name, self.engine, cache, jobs, self.clips, self.figures, lease_s=LEASE_S)
 
     def make(self, person: int = 0, **changes: Any) -> Job:
         request = replace(REQUEST, **changes)
@@ -218,6 +232,28 @@ def test_leases_are_renewed_while_a_step_takes_longer_than_one(bench: Bench) -> 
     assert bench.record(job).attempt == 1
 
 
+def test_no_more_are_claimed_than_the_batch_takes(bench: Bench) -> None:
+    bench.engine.free.clear()
+    made = [bench.make(seed=seed) for seed in range(5)]
+    taken = [bench.take() for _ in range(4)]
+    assert bench.worker.take() is None, "its callers may have left, its rows are taken all the same"
+    assert (bench.record(made[4]).status, bench.record(made[4]).attempt) == (QUEUED, 1)
+    bench.engine.free.set()
+    assert [future.result(30) for future in taken] == ["completed"] * 4
+    assert bench.take().result(30) == "completed"
+
+
+def test_a_video_that_finds_the_batch_full_goes_back_to_the_queue(bench: Bench) -> None:
+    bench.engine.free.clear()
+    for number in range(4):
+        bench.engine.admit(f"other {number}", REQUEST, None)
+    job = bench.make(1)
+    assert bench.take().result(30) == "lost"
+    assert (bench.record(job).status, bench.record(job).attempt) == (QUEUED, 2)
+    with pytest.raises(ValueError, match="not in use"):
+        bench.worker.cache.release(str(job.target.location))
+
+
 # ---- fences --------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +281,53 @@ def test_a_clip_of_an_old_claim_is_removed(bench: Bench, monkeypatch: pytest.Mon
     assert bench.clips.kept == {}
     assert bench.jobs.complete(job.id, theirs.fence, video_uri="theirs", video_sha256="0")
     assert bench.record(job).video_uri == "theirs"
+
+
+@pytest.mark.parametrize("until_written", [False, True])
+def test_a_lapsed_video_may_come_back_to_its_worker(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, until_written: bool
+) -> None:
+    monkeypatch.setattr(bench.worker, "_try_beat", lambda: None)  # as while it was stopped
+    (bench.clips.gate if until_written else bench.engine.free).clear()
+    job = bench.make(1)
+    first = bench.take()
+    until(lambda: bool(bench.engine.progress()) != until_written)
+    assert [lost.id for lost in bench.store(lambda: time.time() + 1000).reclaim()] == [job.id]
+    second = bench.take()
+    assert first.result(30) == "lost"
+    bench.clips.gate.set()
+    bench.engine.free.set()
+    assert second.result(30) == "completed"
+    record = bench.record(job)
+    assert (record.status, record.attempt, record.fence) == (COMPLETED, 2, 2)
+    assert list(bench.clips.kept) == [f"{job.id}-2.mp4"]
+    with pytest.raises(ValueError, match="not in use"):
+        bench.worker.cache.release(str(job.target.location))
+
+
+def test_a_video_cancelled_while_its_adapter_is_loaded_keeps_none_in_memory(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, load = threading.Event(), bench.load
+
+    def slow(location: str) -> LoraWeights:
+        assert go.wait(30)
+        return load(location)
+
+    monkeypatch.setattr(bench, "load", slow)
+    job = bench.make(1)
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(bench.take)
+        until(lambda: bench.record(job).status == IN_PROGRESS)
+        bench.jobs.cancel(job.id, None)
+        until(lambda: bench.figures.outcomes == [CANCELLED])
+        go.set()
+        assert taken.result(30).result(30) == CANCELLED
+    assert bench.record(job).error_code == CANCELLED
+    assert bench.worker.cache.resident() == {job.target.location}
+    with pytest.raises(ValueError, match="not in use"):
+        bench.worker.cache.release(str(job.target.location))
+    assert bench.engine.progress() == {}
 
 
 def test_a_cancelled_video_stops_at_the_next_step(bench: Bench) -> None:
@@ -280,6 +363,56 @@ def test_an_adapter_that_is_damaged_fails_its_video_alone(bench: Bench) -> None:
     assert (bench.record(bad).status, bench.record(bad).error_code) == (FAILED, "adapter_unusable")
     assert bench.record(bad).error_message == "", "what went wrong names folders"
     assert bench.record(good).status == COMPLETED
+
+
+def test_an_adapter_that_cannot_be_loaded_here_is_tried_again_but_not_for_ever(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(location: str) -> LoraWeights:
+        raise torch.OutOfMemoryError("the device is full")
+
+    job = bench.make(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "load", no_memory)
+        for attempt in (1, 2, 3):
+            assert bench.record(job).attempt == attempt
+            assert bench.take().result(30) == "lost"
+    record = bench.record(job)
+    assert (record.status, record.error_code) == (FAILED, EXHAUSTED)
+    assert bench.worker.failure is None
+    bench.make(1)
+    assert bench.take().result(30) == "completed"
+
+
+def test_a_video_that_waits_for_memory_goes_back_when_its_worker_stops(bench: Bench) -> None:
+    bench.engine.free.clear()
+    bench.worker.stop()
+    bench.worker = bench.new_worker("small", bench.jobs, cache_bytes=1)
+    bench.worker.start()
+    bench.make(1)
+    held = bench.take()
+    until(bench.engine.progress)
+    waiting = bench.make(2)
+    with ThreadPoolExecutor(2) as pool:
+        taken = pool.submit(bench.take)
+        until(lambda: bench.record(waiting).status == IN_PROGRESS)
+        stopped = pool.submit(bench.worker.stop)  # which waits for the step under way
+        assert taken.result(30).result(30) == "lost"
+        assert (bench.record(waiting).status, bench.record(waiting).attempt) == (QUEUED, 2)
+        bench.engine.free.set()
+        stopped.result(30)
+    assert held.result(30) == "lost"
+
+
+def test_a_clip_that_cannot_be_decoded_fails_alone(bench: Bench) -> None:
+    bench.engine.free.clear()
+    made = [bench.make(seed=seed) for seed in (1, 2, 3)]
+    taken = [bench.take() for _ in made]
+    until(lambda: len(bench.engine.progress()) == 3)
+    bench.engine.undecodable = 2
+    bench.engine.free.set()
+    assert [future.result(30) for future in taken] == ["completed", "generation_failed", "completed"]
+    assert [bench.record(job).status for job in made] == [COMPLETED, FAILED, COMPLETED]
 
 
 def test_a_broken_engine_gives_its_videos_back_until_they_were_lost_too_often(bench: Bench) -> None:
