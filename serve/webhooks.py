@@ -80,7 +80,7 @@ def check_url(url: str, *, policy: AddressPolicy = is_public) -> None:
         host = "127.0.0.1"  # by the names' definition
     try:  # all spellings of an address: 127.1, 0x7f000001, ...
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):
         return  # a name; it is looked up when a message is sent
     _check_addresses([str(entry[4][0]) for entry in found], policy)
 
@@ -204,10 +204,11 @@ class WebhookSender:
 def _parse(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
+        host = parsed.host  # decoded here: a name may claim to be encoded and not be
         parsed.raw_host.decode("ascii").encode("idna")  # refuses parts that no name can have
     except (httpx.InvalidURL, UnicodeError) as error:
         raise WebhookError("the webhook's URL cannot be read", "use http://HOST/PATH or https://HOST/PATH") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    if parsed.scheme not in ("http", "https") or not host:
         raise WebhookError("the webhook's URL is not http or https", "use http://HOST/PATH or https://HOST/PATH")
     if parsed.port is not None and not 0 < parsed.port < 1 << 16:
         raise WebhookError(f"the webhook's URL has port {parsed.port}", "use a port from 1 to 65535")

@@ -323,6 +323,7 @@ def test_urls_that_may_be_called(url: str) -> None:
         ("http://a\0b/", "cannot be read"),
         ("http://\ud800/", "cannot be read"),
         ("http://a..b/", "cannot be read"),
+        ("https://xn--/", "cannot be read"),
         (f"http://{'a' * 64}.example/", "cannot be read"),
         ("https://ada:pw@example.com/", "password"),
         ("https://example.com:0/", "port 0"),
