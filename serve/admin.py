@@ -101,10 +101,13 @@ def audit(
     subject: str | None = typer.Option(None, help="only what was done to this video, identity or tenant"),
 ) -> None:
     """Print the audit log, oldest first."""
-    for line in open_audit(_settings(settings)).read(tenant=tenant, subject=subject):
-        at = datetime.fromtimestamp(line.at, UTC).isoformat(timespec="seconds")
-        detail = json.dumps(line.detail, sort_keys=True)
-        typer.echo(f"{at} {line.action} {line.subject} by {line.tenant or 'the operator'} {detail}")
+    log, last = open_audit(_settings(settings)), 0
+    while lines := log.read(tenant=tenant, subject=subject, after=last):
+        for line in lines:
+            at = datetime.fromtimestamp(line.at, UTC).isoformat(timespec="seconds")
+            detail = json.dumps(line.detail, sort_keys=True)
+            typer.echo(f"{at} {line.action} {line.subject} by {line.tenant or 'the operator'} {detail}")
+        last = lines[-1].id
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from serve.admin import app
-from serve.parts import open_tenants
+from serve.database import audit
+from serve.parts import open_database, open_tenants
 from serve.settings import ServeSettings
 from serve.tenants import Tenant
 
@@ -40,6 +42,15 @@ def test_a_tenant_is_added_used_granted_and_removed(tmp_path: Path) -> None:
     told = run(app, ["audit", setting, "--subject", "team-a"]).output.splitlines()
     assert [line.split()[1] for line in told] == ["tenant.add", "tenant.grant", "tenant.revoke", "tenant.remove"]
     assert key not in "".join(told)
+
+
+def test_a_long_audit_log_is_printed_to_its_end(tmp_path: Path) -> None:
+    database = open_database(ServeSettings(data=str(tmp_path)).database_url)
+    line = {"at": 1.0, "action": "video.create", "subject": "v", "detail": {}}
+    with database.session() as connection:
+        connection.execute(sa.insert(audit), [{**line, "tenant": f"t{number}"} for number in range(2001)])
+    told = CliRunner().invoke(app, ["audit", f"data={tmp_path}"]).output.splitlines()
+    assert [text.split()[4] for text in told] == [f"t{number}" for number in range(2001)]
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
