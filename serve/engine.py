@@ -185,6 +185,11 @@ class Engine:
         """Denoising steps done of each video in the batch, in per cent, 0..99."""
         return {row.key: 100 * row.done // row.steps for row in list(self._rows.values())}
 
+    @property
+    def swaps(self) -> int:
+        """How often a row of the batch got another adapter, since the start."""
+        return self._lora.swaps
+
     def decode(self, latents: Tensor, request: VideoRequest) -> np.ndarray:
         """A finished video, uint8 RGB (F, H, W, 3). Raises GenerationError when it has not the size asked for."""
         return self.decode_all([(latents, request)])[0]

@@ -32,6 +32,7 @@ class EngineMetrics:
         self.identities = serve_metrics.Histogram(
             "magicid_batch_identities", description="Identities in one denoising step.", boundaries=_COUNTS
         )
+        self.swaps = serve_metrics.Counter("magicid_swaps", description="Rows of the batch that got another adapter.")
         self.outcomes = serve_metrics.Counter(
             "magicid_videos", description="Videos that left a replica.", tag_keys=("outcome",)
         )
@@ -47,11 +48,13 @@ class EngineMetrics:
             for name in ("hits", "misses", "evictions")
         }
 
-    def step(self, seconds: float, rows: int, identities: int) -> None:
-        """One denoising step of the batch."""
+    def step(self, seconds: float, rows: int, identities: int, swaps: int) -> None:
+        """One denoising step of the batch, before which `swaps` rows got another adapter."""
         self.step_s.observe(seconds)
         self.rows.observe(rows)
         self.identities.observe(identities)
+        if swaps:
+            self.swaps.inc(swaps)
 
     def ended(self, outcome: str, wait_s: float, run_s: float) -> None:
         """One job left."""

@@ -35,8 +35,8 @@ _SAMPLED = 99  # per cent: all steps are done, the clip is not stored yet
 class Metrics(Protocol):
     """Where the worker's figures go; `serve.metrics.EngineMetrics` exports them."""
 
-    def step(self, seconds: float, rows: int, identities: int) -> None:
-        """One denoising step of the batch."""
+    def step(self, seconds: float, rows: int, identities: int, swaps: int) -> None:
+        """One denoising step of the batch, before which `swaps` rows got another adapter."""
 
     def ended(self, outcome: str, wait_s: float, run_s: float) -> None:
         """One job left: `completed`, an error code, or `lost`."""
@@ -199,10 +199,10 @@ class Worker:
                 self._admit_arrived()
                 if not self.engine.progress():
                     continue
-                began = time.perf_counter()
+                began, swaps = time.perf_counter(), self.engine.swaps
                 rows, identities = self._batch()
                 samples = self.engine.step()
-                self.metrics.step(time.perf_counter() - began, rows, identities)
+                self.metrics.step(time.perf_counter() - began, rows, identities, self.engine.swaps - swaps)
                 self._sampled(samples)
                 self._try_beat()
         except Exception as error:  # out of memory, a broken device: this process is of no more use

@@ -100,6 +100,7 @@ class MixedLora:
         self._sites: dict[str, _Site] = {}
         self._rows = 0  # of the forward to come
         self._shared = False
+        self.swaps = 0  # rows whose LoRA was exchanged so far
         self._keep_ranks = keep_ranks
         pattern = re.compile(target_modules)
         for name, module in transformer.named_modules():
@@ -131,11 +132,13 @@ class MixedLora:
         self._shared = len({_key(lora) for lora in rows}) == 1
         self._rows = len(rows)
         needed = rows[:1] if self._shared else rows
+        swaps = 0
         for name, site in self._sites.items():
             ranks = [len(lora.tensors[name][0]) for lora in needed if lora and name in lora.tensors]
             site.rank = max([*ranks, site.a.shape[1] if self._keep_ranks else 0])
             if site.rank:
-                _fill(site, name, needed)
+                swaps = max(swaps, _fill(site, name, needed))
+        self.swaps += swaps
 
     def _add(self, site: _Site, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """The layer's output (B, N, out) with each row's LoRA added, in place: nobody else has it yet."""
@@ -156,8 +159,9 @@ def _key(lora: LoraWeights | None) -> tuple[object, float] | None:
     return None if lora is None else (lora.source, lora.scale)
 
 
-def _fill(site: _Site, name: str, rows: Sequence[LoraWeights | None]) -> None:
-    """Copy what the rows need and the buffers do not hold yet."""
+def _fill(site: _Site, name: str, rows: Sequence[LoraWeights | None]) -> int:
+    """Copy what the rows need and the buffers do not hold yet; returns how many rows that were."""
+    copied = 0
     if len(rows) > len(site.held) or site.rank > site.a.shape[1]:
         size = (max(len(rows), len(site.held)), max(site.rank, site.a.shape[1]))
         with torch.inference_mode(False):  # or they could be written in inference mode only
@@ -168,6 +172,7 @@ def _fill(site: _Site, name: str, rows: Sequence[LoraWeights | None]) -> None:
         held, site.held[row] = site.held[row], _key(lora)
         if site.held[row] == held:
             continue
+        copied += 1
         rank = 0
         if lora is not None and name in lora.tensors:
             a, b = lora.tensors[name]
@@ -177,3 +182,4 @@ def _fill(site: _Site, name: str, rows: Sequence[LoraWeights | None]) -> None:
         # Both halves: zero times what was left of a broken LoRA would not be zero.
         site.a[row, rank:] = 0
         site.b[row, rank:] = 0
+    return copied

@@ -88,9 +88,11 @@ class Figures:
     def __init__(self) -> None:
         self.outcomes: list[str] = []
         self.batches: list[tuple[int, int]] = []
+        self.swaps = 0
 
-    def step(self, seconds: float, rows: int, identities: int) -> None:
+    def step(self, seconds: float, rows: int, identities: int, swaps: int) -> None:
         self.batches.append((rows, identities))
+        self.swaps += swaps
 
     def ended(self, outcome: str, wait_s: float, run_s: float) -> None:
         self.outcomes.append(outcome)
@@ -303,6 +305,13 @@ def test_a_lapsed_video_may_come_back_to_its_worker(
     assert list(bench.clips.kept) == [f"{job.id}-2.mp4"]
     with pytest.raises(ValueError, match="not in use"):
         bench.worker.cache.release(str(job.target.location))
+
+
+def test_swaps_are_counted(bench: Bench) -> None:
+    for person, swaps in ((1, 1), (1, 1), (2, 2), (0, 2), (2, 2), (1, 3)):  # the base model needs no copy
+        bench.make(person)
+        assert bench.take().result(30) == "completed"
+        assert bench.figures.swaps == swaps
 
 
 def test_a_video_cancelled_while_its_adapter_is_loaded_keeps_none_in_memory(
