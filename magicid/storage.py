@@ -9,6 +9,7 @@ again with growing pauses, beyond what s3fs and gcsfs do themselves; anything el
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import io
 import itertools
@@ -353,6 +354,19 @@ def remove(location: str | Path) -> None:
                     raise
 
     _call("remove", location, "check the write permission, or remove it by hand", take_away)
+
+
+def remove_partials(location: str | Path) -> None:
+    """Remove what writers of a file that were killed have left beside it, on a local disk; the file itself stays.
+
+    Raises StorageError when it cannot be removed.
+    """
+    fs, path = open_fs(location)
+    if not isinstance(fs, LocalFileSystem):
+        return
+    pattern = os.path.join(glob.escape(os.path.dirname(path)), f".{glob.escape(os.path.basename(path))}.*.partial")
+    for leftover in glob.glob(pattern):
+        remove(leftover)
 
 
 def write_json(location: str | Path, value: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import sqlalchemy as sa
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
@@ -86,11 +87,10 @@ class Call:
         """A record as it is answered."""
         return Video.of(job, self.jobs.queue_position(job) if job.status == QUEUED else None)
 
-    def note(self, action: str, subject: str, **detail: Any) -> None:
-        """Write to the audit log."""
-        self.context.parts.audit.write(
-            action, tenant=self.tenant.name, request_id=self.request_id, subject=subject, detail=detail
-        )
+    def note(self, action: str, subject: str, connection: sa.Connection | None = None, /, **detail: Any) -> None:
+        """Write to the audit log, in the transaction of `connection` where one is given."""
+        who = {"tenant": self.tenant.name, "request_id": self.request_id}
+        self.context.parts.audit.write(action, subject=subject, detail=detail, connection=connection, **who)
 
 
 def checked_id(video_id: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import sleep
 from typing import Annotated
 
 from fastapi import APIRouter, Path
@@ -52,13 +53,15 @@ def delete_identity(
     owners = _owners(call, identity_id)
     # Records first, so that nothing more is made of what is there; adapters last, for without them the identity is no
     # longer found and an interrupted removal could not be asked for again (only by an admin where no manifest is whole:
-    # the run's record of the owner is gone by then). Then the records that came meanwhile.
+    # the run's record of the owner is gone by then). Then the records that came meanwhile: each process of the API
+    # believes what it last saw of the adapters for a while, and takes in videos of them.
     videos = _purge(call, identity_id, owners)
     files = erase_person(run, identity_id)
     try:
         removed = adapters.delete(run, identity_id)
     except AdapterError:  # the same removal, asked for twice at once
         removed = []
+    sleep(call.context.parts.catalog.refresh_s)
     videos += _purge(call, identity_id, owners)
     call.note("identity.delete", identity_id, owners=sorted(owners), adapters=removed, files=len(files), videos=videos)
     return IdentityDeleted(id=identity_id, adapters=removed, files=len(files), videos=videos)
@@ -82,7 +85,9 @@ def _owners(call: Call, identity_id: str) -> set[str]:
     refs = adapters.list_versions(run, identity_id)
     published = {str(adapters.read_manifest(ref.location).get("owner") or "") for ref in refs}
     owners = published or _trained_for(run, identity_id)
-    if call.tenant.admin or owners == {call.tenant.name}:
+    if call.tenant.admin:
+        return owners or call.jobs.owners_of(identity_id)
+    if owners == {call.tenant.name}:
         return owners
     if call.tenant.name in published or (published and identity_id in call.tenant.grants):
         raise ApiError(403, "not_the_owner", "only the identity's owner or an admin may delete it", param="identity_id")
@@ -109,5 +114,4 @@ def _purge(call: Call, identity_id: str, owners: set[str]) -> int:
 
 def _remove_files(call: Call, jobs: list[Job]) -> None:
     for job in jobs:
-        if job.video_uri is not None:
-            call.context.clips.remove(job.video_uri)
+        call.context.clips.remove_all(job)

@@ -12,6 +12,7 @@ import random
 from dataclasses import replace
 from typing import Annotated, Literal
 
+import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from starlette.responses import StreamingResponse
 
@@ -59,9 +60,10 @@ def create_video(call: Authorized, body: Body, idempotency_key: IdempotencyKey =
         dedupe_s=math.inf if key else call.context.settings.dedupe_s,
         webhook_url=body.webhook_url,
         limit=call.tenant.max_open,
+        note=lambda connection, job: _note_created(call, connection, job),
     )
     if made:
-        _note_created(call, job)
+        _log_prompt(call, job)
     elif key and not _same(job, target, request, body):
         message = "this Idempotency-Key was used for another video: use a new key"
         raise ApiError(422, "idempotency_key_reused", message, param="idempotency-key")
@@ -102,11 +104,10 @@ def delete_video(call: Authorized, video_id: VideoId) -> VideoDeleted:
     """Remove a video and its record; one that is open is stopped."""
     job = call.job(video_id)
     # The file goes first: were the record gone and the file not, nobody could ask for it again.
-    if job.video_uri is not None:
-        call.context.clips.remove(job.video_uri)
+    call.context.clips.remove_all(job)
     last = call.jobs.delete(job.id, call.scope)
-    if last.video_uri not in (None, job.video_uri):  # it was finished just now
-        call.context.clips.remove(last.video_uri)
+    if last != job or last.status in OPEN:  # a clip may have been stored in between
+        call.context.clips.remove_all(last)
     call.note("video.delete", job.id, model=job.target.model, status=last.status)
     return VideoDeleted(id=job.id)
 
@@ -185,9 +186,12 @@ def _same(job: Job, target: Target, request: VideoRequest, body: CreateVideo) ->
     return job.target.identity_id == target.identity_id and job.request == replace(request, seed=seed)
 
 
-def _note_created(call: Call, job: Job) -> None:
-    target = job.target
-    call.note("video.create", job.id, model=target.model, owner=target.owner, consent=target.consent)
+def _note_created(call: Call, connection: sa.Connection, job: Job) -> None:
+    detail = {"model": job.target.model, "owner": job.target.owner, "consent": job.target.consent}
+    call.note("video.create", job.id, connection, **detail)
+
+
+def _log_prompt(call: Call, job: Job) -> None:
     if call.context.settings.log_prompts:
         told = {"request_id": call.request_id, "job": job.id, "prompt": job.request.prompt}
         _log.info("%s %s prompt: %r", *told.values(), extra=told)

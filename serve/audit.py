@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +40,16 @@ class AuditLog:
         self._clock = clock
 
     def write(
-        self, action: str, *, tenant: str | None, request_id: str | None, subject: str, detail: dict[str, Any]
+        self,
+        action: str,
+        *,
+        tenant: str | None,
+        request_id: str | None,
+        subject: str,
+        detail: dict[str, Any],
+        connection: sa.Connection | None = None,
     ) -> None:
-        """Add a line, durable when this returns.
+        """Add a line, durable when this returns, or with the transaction of `connection`.
 
         Args:
             action: such as `video.create`.
@@ -49,8 +57,8 @@ class AuditLog:
             detail: JSON values.
         """
         values = {"at": self._clock(), "action": action, "tenant": tenant, "request_id": request_id}
-        with self._database.session() as connection:
-            connection.execute(sa.insert(audit).values(values | {"subject": subject, "detail": detail}))
+        with self._database.session() if connection is None else nullcontext(connection) as session:
+            session.execute(sa.insert(audit).values(values | {"subject": subject, "detail": detail}))
 
     def read(
         self, *, tenant: str | None = None, subject: str | None = None, after: int = 0, limit: int = 1000

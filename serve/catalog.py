@@ -99,7 +99,7 @@ class Catalog:
         self._run = path if isinstance(fs, LocalFileSystem) else run
         self._top = storage.join(self._run, "adapters")
         self._base, self._base_sha256 = base, base_sha256
-        self._refresh_s, self._clock = refresh_s, clock
+        self.refresh_s, self._clock = refresh_s, clock
         self._lock = threading.Lock()
         self._listed: dict[str, dict[str, str]] = {}  # identity -> file below its folder -> fingerprint
         self._listed_at: dict[str | None, float] = {}  # by identity; None: all of them
@@ -181,7 +181,7 @@ class Catalog:
     def _list_names(self) -> None:
         """Note identities that are new, unless that was done less than `refresh_s` ago."""
         now = self._clock()
-        if now - max(self._names_at, self._listed_at.get(None, float("-inf"))) >= self._refresh_s:
+        if now - max(self._names_at, self._listed_at.get(None, float("-inf"))) >= self.refresh_s:
             found: dict[str, dict[str, str]] = {name: {} for name in adapters.list_folders(self._run)}
             self._listed = found | self._listed
             self._names_at = now
@@ -190,7 +190,7 @@ class Catalog:
         """List one identity or all, unless that was done less than `refresh_s` ago."""
         now = self._clock()
         seen = [self._listed_at[key] for key in (identity_id, None) if key in self._listed_at]
-        if seen and now - max(seen) < self._refresh_s:
+        if seen and now - max(seen) < self.refresh_s:
             return
         found = adapters.listing(self._run, identity_id)
         if identity_id is None:

@@ -10,6 +10,7 @@ import numpy as np
 from magicid import storage
 from magicid.clips import encode_mp4
 from magicid.provenance import Claim, Signer, sign
+from serve.clips import clip_uri
 from serve.schema import Job
 from serve.settings import ServeSettings
 
@@ -24,8 +25,6 @@ class ClipWriter:
     def write(self, job: Job, frames: np.ndarray) -> tuple[str, str]:
         """Store the clip of a job; returns its URI relative to the clips' location and its SHA-256.
 
-        The name holds the attempt's fence, so that two workers that both believe to hold a job never write one file.
-
         Raises:
             StorageError: it cannot be written.
         """
@@ -36,7 +35,7 @@ class ClipWriter:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         video = sign(encode_mp4(frames, job.request.fps), claim, self.signer)
-        uri = f"{job.id[-2:]}/{job.id}-{job.fence}.mp4"
+        uri = clip_uri(job.id, job.fence)
         return uri, storage.write_bytes(storage.join(self.settings.clips_location, uri), video)
 
     def remove(self, uri: str) -> None:

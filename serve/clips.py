@@ -18,7 +18,8 @@ from PIL import Image
 from magicid import provenance
 from magicid.errors import StorageError
 from magicid.provenance import Signer
-from magicid.storage import file_size, join, open_fs, public_name, remove
+from magicid.storage import file_size, join, open_fs, public_name, remove, remove_partials
+from serve.schema import Job
 
 MEDIA_TYPES = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
 _CHUNK = 256 << 10
@@ -27,6 +28,26 @@ _COLUMNS = 4
 _TILE_PX = 240  # longer side of a tile
 _THUMBNAIL_PX = 640
 _DECODING = threading.BoundedSemaphore(2)  # decoders in one process: each takes a core and holds frames
+
+
+def clip_uri(job_id: str, fence: int) -> str:
+    """Where an attempt's clip lies; two workers that both believe to hold a job never write one file."""
+    return f"{job_id[-2:]}/{job_id}-{fence}.mp4"
+
+
+def remove_all(location: str, job: Job) -> None:
+    """Remove what any attempt at a job has stored: one that died before it told the record left a clip no record names.
+
+    Args:
+        location: of all clips.
+
+    Raises:
+        StorageError: a file cannot be removed.
+    """
+    uris = {clip_uri(job.id, fence) for fence in range(1, job.fence + 1)}
+    for uri in sorted(uris | ({job.video_uri} if job.video_uri is not None else set())):
+        remove(join(location, uri))
+        remove_partials(join(location, uri))
 
 
 class Clips:
@@ -79,9 +100,9 @@ class Clips:
             sheet.paste(tile, (width * (number % _COLUMNS), height * (number // _COLUMNS)))
         return self._signed(_encoded(sheet, "JPEG"), data)
 
-    def remove(self, uri: str) -> None:
-        """Remove a video; nothing happens when it is gone already."""
-        remove(join(self._location, uri))
+    def remove_all(self, job: Job) -> None:
+        """Remove the clips of a job, as `remove_all`."""
+        remove_all(self._location, job)
 
     def _whole(self, uri: str) -> bytes:
         return b"".join(self.read(uri, 0, self.size(uri)))

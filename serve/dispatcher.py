@@ -15,8 +15,8 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from magicid import storage
 from magicid.errors import StorageError
+from serve import clips
 from serve.jobs import JobStore, TenantQueue
 from serve.settings import ServeSettings
 
@@ -101,8 +101,7 @@ class Dispatcher:
         gone = []
         for job in self.jobs.expired():
             try:
-                if job.video_uri is not None:
-                    storage.remove(storage.join(self.settings.clips_location, job.video_uri))
+                clips.remove_all(self.settings.clips_location, job)
                 gone.append(job.id)
             except StorageError as error:
                 _log.warning("video %s is past its time and stays: %s", job.id, error)

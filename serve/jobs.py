@@ -100,14 +100,16 @@ class JobStore:
         dedupe_s: float,
         webhook_url: str | None = None,
         limit: int | None = None,
+        note: Callable[[sa.Connection, Job], object] = lambda *_: None,
     ) -> tuple[Job, bool]:
         """Queue a video, or find the one that the same call has made before.
 
         Args:
             dedupe_key: what makes two calls of a tenant the same call.
             dedupe_s: how far back to look for it, among those that have not failed; `math.inf` for a key that the
-                client chose, which means that one job for ever.
+                client chose, which means one job for as long as it is kept.
             limit: open jobs that this tenant may have.
+            note: told of a new job inside the transaction that makes it: what it writes there is kept if the job is.
 
         Returns:
             The job, and whether it is new.
@@ -146,7 +148,9 @@ class JobStore:
                 "cancel_requested": False,
                 "webhook_url": webhook_url,
             }
-            return to_job(rows(connection, sa.insert(jobs).values(values).returning(jobs))[0]), True
+            made = to_job(rows(connection, sa.insert(jobs).values(values).returning(jobs))[0])
+            note(connection, made)
+            return made, True
 
     def get(self, job_id: str, tenant: str | None) -> Job:
         """One record; tenant None looks at all tenants'. Raises NotFound."""
@@ -340,6 +344,12 @@ class JobStore:
         """All records of one owner's identity, whoever asked for them, oldest first."""
         with self._database.reading() as connection:
             return [to_job(row) for row in rows(connection, of_identity(identity_id, owner))]
+
+    def owners_of(self, identity_id: str) -> set[str]:
+        """Whose identity this is by its records."""
+        query = sa.select(jobs.c.owner).where(jobs.c.identity_id == identity_id, jobs.c.owner.is_not(None)).distinct()
+        with self._database.reading() as connection:
+            return set(connection.execute(query).scalars())
 
     def purge_identity(self, identity_id: str, owner: str) -> Jobs:
         """Remove all records of one owner's identity; their files are the caller's to remove."""

@@ -15,12 +15,14 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from sqlalchemy.exc import OperationalError
 
 from magicid import adapters, provenance, storage
 from magicid.clips import decode_mp4
 from magicid.run import clip_uri
 from magicid.schema import MetricRow, ScoredClip
-from serve import body_bounds
+from serve import api_identities, body_bounds
+from serve.clips import clip_uri as video_clip_uri
 from serve.schema import Job
 from tests.report.fake_run import fill
 from tests.serve.endpoint import BASE, BASE_SHA256, Endpoint, Server
@@ -97,6 +99,20 @@ def test_a_post_answers_a_video_whose_record_is_there(endpoint: Endpoint, client
     (line,) = endpoint.audit.read(subject=video["id"])
     assert (line.action, line.tenant, line.request_id) == ("video.create", "team-a", job.request_id)
     assert line.detail == {"model": video["model"], "owner": "team-a", "consent": "form of ada"}
+
+
+def test_no_video_is_accepted_without_its_line_in_the_audit_log(
+    endpoint: Endpoint, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise OperationalError("insert", {}, Exception("the process dies here"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(endpoint.audit, "write", away)
+        assert client.post("/v1/videos", json={"prompt": "a person nods"}).status_code >= 500
+    assert client.get("/v1/videos").json()["data"] == []
+    video = post(client)
+    assert [line.action for line in endpoint.audit.read(subject=video["id"])] == ["video.create"]
 
 
 def test_multipart_and_json_are_the_same_request(endpoint: Endpoint, client: httpx.Client) -> None:
@@ -519,6 +535,48 @@ def test_a_person_whose_manifests_are_all_damaged_can_be_removed_by_the_owner(tm
     names = {part.split(".")[0] for p in run.rglob("*") if p.is_file() for part in p.relative_to(run).parts}
     assert "ada" not in names
     assert "bruno" in names
+
+
+def test_an_admin_removes_a_person_of_whom_only_records_tell(tmp_path: Path) -> None:
+    endpoint = Endpoint(tmp_path)
+    with Server(endpoint.app) as server:
+        with as_tenant(server, endpoint, "team-a") as owner:
+            job = finished(endpoint, owner, model=f"{BASE}:ada")
+        for manifest in (tmp_path / "run" / "adapters" / "ada").glob("*/manifest.json"):
+            manifest.write_text("{")
+        with as_tenant(server, endpoint, "root") as admin:
+            assert admin.delete("/v1/identities/ada").json()["videos"] == 1
+            error_of(admin.get(f"/v1/videos/{job.id}"), 404)
+    assert not storage.exists(endpoint.file(job))
+
+
+def test_a_video_accepted_by_an_api_that_has_not_seen_the_removal_goes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = Endpoint(tmp_path)
+    endpoint.catalog.refresh_s, late = 60.0, []
+    with Server(endpoint.app) as server, as_tenant(server, endpoint, "team-a") as owner:
+        assert post(owner, model=f"{BASE}:ada", seed=1)["status"] == "queued"
+
+        def while_it_waits(seconds: float) -> None:
+            assert seconds == 60.0
+            assert not storage.exists(endpoint.ada.location)
+            late.append(post(owner, model=f"{BASE}:ada", seed=2)["id"])
+
+        monkeypatch.setattr(api_identities, "sleep", while_it_waits)
+        assert owner.delete("/v1/identities/ada").json()["videos"] == 2
+        error_of(owner.get(f"/v1/videos/{late[0]}"), 404)
+
+
+def test_clips_that_no_record_names_go_with_their_video(endpoint: Endpoint, client: httpx.Client) -> None:
+    left = []
+    for route in ("/v1/videos/{}", "/v1/identities/ada"):
+        video = post(client, model=f"{BASE}:ada")
+        job = endpoint.claim()
+        left.append(storage.join(endpoint.settings.clips_location, video_clip_uri(job.id, job.fence)))
+        storage.write_bytes(left[-1], b"a clip whose replica died before it told the record")
+        assert client.delete(route.format(video["id"])).status_code == 200
+    assert [storage.exists(location) for location in left] == [False, False]
 
 
 # ---- the door ------------------------------------------------------------------------------------------------------

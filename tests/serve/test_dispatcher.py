@@ -12,7 +12,8 @@ import pytest
 
 from magicid import storage
 from magicid.errors import StorageError
-from serve import dispatcher
+from serve import clips, dispatcher
+from serve.clips import clip_uri
 from serve.database import Database
 from serve.dispatcher import Dispatcher, nudges_wanted
 from serve.jobs import JobStore, NotFound, TenantQueue
@@ -133,16 +134,34 @@ def test_videos_past_their_time_lose_their_file_first(bench: Bench, monkeypatch:
             raise StorageError("the bucket is away", "wait")
         remove(location)
 
-    monkeypatch.setattr(storage, "remove", away)
+    monkeypatch.setattr(clips, "remove", away)
     bench.one.expire()
     assert bench.jobs.get(done[0].id, None) == done[0], "its file is there, so a record must name it"
     with pytest.raises(NotFound):
         bench.jobs.get(done[1].id, None)
-    monkeypatch.setattr(storage, "remove", remove)
+    monkeypatch.setattr(clips, "remove", remove)
     bench.one.expire()
     assert not storage.exists(bench.clip(done[0]))
     with pytest.raises(NotFound):
         bench.jobs.get(done[0].id, None)
+
+
+def test_clips_that_a_dead_worker_left_go_with_the_record(bench: Bench) -> None:
+    job = make(bench.jobs)
+    folder = Path(bench.settings.clips_location, job.id[-2:])
+    folder.mkdir(parents=True)
+    bench.jobs.claim("w")
+    for name in (f"{job.id}-1.mp4", f".{job.id}-1.mp4.01234567.partial", f"{job.id}0-1.mp4"):
+        (folder / name).write_bytes(b"clip")  # the worker died here
+    bench.clock.now += 31
+    bench.one.reclaim()
+    (again,) = bench.jobs.claim("w")
+    uri = clip_uri(job.id, again.fence)
+    storage.write_bytes(storage.join(bench.settings.clips_location, uri), b"clip")
+    bench.jobs.complete(job.id, again.fence, video_uri=uri, video_sha256="0")
+    bench.clock.now += 601
+    bench.one.expire()
+    assert [path.name for path in folder.iterdir()] == [f"{job.id}0-1.mp4"], "which is another job's"
 
 
 async def _until(condition: Callable[[], Any]) -> None:
