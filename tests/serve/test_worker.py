@@ -406,9 +406,11 @@ def test_a_video_that_waits_for_memory_goes_back_when_its_worker_stops(bench: Be
         taken = pool.submit(bench.take)
         until(lambda: bench.record(waiting).status == IN_PROGRESS)
         stopped = pool.submit(bench.worker.stop)  # which waits for the step under way
-        assert taken.result(30).result(30) == "lost"
-        assert (bench.record(waiting).status, bench.record(waiting).attempt) == (QUEUED, 2)
-        bench.engine.free.set()
+        try:
+            assert taken.result(30).result(30) == "lost"
+            assert (bench.record(waiting).status, bench.record(waiting).attempt) == (QUEUED, 2)
+        finally:
+            bench.engine.free.set()
         stopped.result(30)
     assert held.result(30) == "lost"
 
