@@ -11,12 +11,13 @@ import asyncio
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import ray.exceptions
 
 from magicid import adapters, commands, erasure, identities, ledger, manifests, storage
-from magicid.errors import IdentityError, MagicIDError, TrainingError
+from magicid.errors import IdentityError, MagicIDError, RecipeError, TrainingError
 from magicid.lease import Lease
 from magicid.ledger import Ledger
 from magicid.manifests import ManifestRow
@@ -27,7 +28,7 @@ from magicid.schema import Clip, Identity, Made, Prompt, Rejected, ScoredClip, t
 from ray_jobs import tasks
 from ray_jobs.job import cause
 from ray_jobs.keeping import failure
-from ray_jobs.metrics import ADMISSION
+from ray_jobs.metrics import ADMISSION, devices
 from ray_jobs.progress import Display
 from ray_jobs.queue import Ended, FairQueue, Task, due_time
 from ray_jobs.services import Services
@@ -39,6 +40,7 @@ WATCH_S, WATCH_S_AT_MOST = 0.5, 20.0  # how often queues, slots and pools are lo
 WATCHED_EACH_S = 200  # so many identities are worth a second between two looks: each costs the same, however many
 NOTED = 0.01  # progress of a stage is noted in such parts
 SHARED = "shared"  # owner of the clips that everybody waits for
+_STEPS = ("sft", "sft.steps", "hpo", "hpo.steps")  # overrides that say how long an identity trains
 SHOWN_EACH = 8  # up to so many identities have progress bars of their own
 
 
@@ -71,8 +73,10 @@ class Fleet:
         self._ways: dict[str, asyncio.Task[None]] = {}
         self._shared: dict[Any, asyncio.Task[Any]] = {}
         self._training: dict[str, asyncio.Future[Ended]] = {}
-        self._admission = FairQueue(weights=recipe.fleet.weights, max_held=_window(recipe))
+        self._admission = FairQueue(weights=recipe.fleet.weights, quotas=_under_way(recipe), max_held=_window(recipe))
         self._driving, self._looked, self._fingerprint = False, 0.0, ""
+        self._devices = devices(recipe.resources)
+        self._steps_of: dict[tuple[tuple[str, str], ...], float] = {}  # overrides that change them -> training steps
         self._idle_since: dict[str, float] = {}
         self._sent_home: dict[str, bool] = {}
         self._told: MagicIDError | None = None
@@ -164,7 +168,7 @@ class Fleet:
             deadline=row.deadline, row_sha256=known.row_sha256 if known and known.row_sha256 else content, **changes,
         )  # fmt: skip
         if not known or known.state != ledger.CANCELLED:
-            self._admission.put(Task(row.id, row.owner, 1.0, self.due(row)))
+            self._admission.put(self._task(row))
 
     def _end_absent(self) -> None:
         """Those whom an earlier start left open and no row names any more: they would be waited for, for ever."""
@@ -182,6 +186,17 @@ class Fleet:
                 self._rows[row.id] = row
                 self._failed(row.id, error)
                 self._ways[row.id].cancel()
+
+    def _task(self, row: ManifestRow) -> Task:
+        """An identity's place in the admission: its training is what it costs its owner, nothing if it is done."""
+        changed = tuple((key, value) for key, value in row.overrides.items() if key in _STEPS)
+        if changed not in self._steps_of:
+            own = self.recipe
+            with suppress(RecipeError):  # the check says what is wrong with it
+                own = own.for_identity(dict(changed))
+            self._steps_of[changed] = float(own.sft.steps + own.hpo.steps)
+        done = self.ledger.records[row.id].state == ledger.DONE
+        return Task(row.id, row.owner, 0.0 if done else self._steps_of[changed], self.due(row))
 
     def _arrival(self) -> float:
         """Now; rows that come together keep their order, so that who began first is finished first."""
@@ -219,7 +234,7 @@ class Fleet:
         ):
             await asyncio.to_thread(self._forget_tries, name)
             self.ledger.update(name, state=ledger.WAITING, problem=None, action=None, ended=None, failed_clips=0)
-            self._admission.put(Task(name, record.owner, 1.0, self.due(self._rows[name])))
+            self._admission.put(self._task(self._rows[name]))
 
     def _forget_tries(self, identity_id: str) -> None:
         """Let the tries of what failed begin anew."""
@@ -320,7 +335,8 @@ class Fleet:
         for identity_id, seconds in costs.items():
             self.metrics.spent(identity_id, seconds)
             if identity_id is not None:
-                self.ledger.add_seconds(identity_id, **seconds)
+                gpus = self._devices
+                self.ledger.add_seconds(identity_id, **{name: s * gpus.get(name, 1.0) for name, s in seconds.items()})
         self.metrics.tried("GenerateClips", sum(clip.attempts for clip in made))
 
     # ---- what one identity awaits -----------------------------------------------------------------------------
@@ -413,7 +429,7 @@ class Fleet:
         record = self.ledger.records[identity_id]
         self.ledger.update(identity_id, attempts={**record.attempts, stage: float(ended.attempts)})
         resources = self.recipe.resources
-        devices = resources.workers_per_slot * max(1.0, resources.worker_gpus)
+        devices = resources.workers_per_slot * (resources.worker_gpus or 1.0)
         seconds = {stage: ended.seconds * devices}
         self.ledger.add_seconds(identity_id, **seconds)
         self.metrics.spent(identity_id, seconds)
@@ -484,3 +500,12 @@ def _now() -> float:
 def _window(recipe: Recipe) -> int:
     """Identities under way at once: each slot has one in hand and one or two that are made ready for it."""
     return recipe.fleet.window or 3 * recipe.resources.slots + 2
+
+
+def _under_way(recipe: Recipe) -> dict[str, int]:
+    """Identities under way at once of owners with a quota of training: the window's part for so many slots.
+
+    With more, those who wait for their quota would fill the window, and slots that others could use would be idle.
+    """
+    window, slots = _window(recipe), recipe.resources.slots
+    return {owner: max(quota + 2, window * quota // slots) for owner, quota in recipe.fleet.quotas.items()}

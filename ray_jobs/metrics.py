@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from ray.util import metrics as ray_metrics
 
 from magicid import ledger
-from magicid.recipe import Recipe
+from magicid.recipe import Recipe, Resources
 from ray_jobs.work import TRAINING
 
 EVERY_S = 5.0  # Ray's exporter takes the newest value every ten seconds
@@ -36,6 +36,11 @@ _STAGES = {  # pool's section of the recipe -> its stages, which are the names u
     "motion": ("ScoreMotion",),
     "semantics": ("ScoreSemantics",),
 }
+
+
+def devices(resources: Resources) -> dict[str, float]:
+    """Stage -> GPUs that one of its workers holds; 1 where it holds none, and its own seconds count."""
+    return {stage: getattr(resources, pool).gpus or 1.0 for pool, stages in _STAGES.items() for stage in stages}
 
 
 class Busy:
@@ -72,6 +77,7 @@ class FleetMetrics:
         resources = recipe.resources
         self._clock, self._reported, self._looked = clock, -EVERY_S, clock()
         self._named: set[str] = set()
+        self._devices = devices(resources)
         self._busy = {TRAINING: Busy(resources.slots, clock)}
         for pool, stages in _STAGES.items():
             size = getattr(resources, pool)
@@ -88,10 +94,12 @@ class FleetMetrics:
         self._owners: dict[str, set[str]] = {}
 
     def spent(self, identity_id: str | None, seconds: Mapping[str, float]) -> None:
-        """Count device-seconds of an identity by stage; None: of clips that all share."""
+        """Count seconds of an identity: of a pool's workers, or of the GPUs that trained it; None: of shared clips."""
         for stage, value in seconds.items():
             if value > 0:
-                self.seconds.inc(value, {"stage": stage, "identity": self.label(identity_id)})
+                self.seconds.inc(
+                    value * self._devices.get(stage, 1.0), {"stage": stage, "identity": self.label(identity_id)}
+                )
             if stage in self._busy:
                 self._busy[stage].add(value)
 

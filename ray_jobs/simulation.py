@@ -265,7 +265,7 @@ class SimulatedPools:
     async def _score(self, pipeline: Pipeline, owner: str, clips: list[Clip], spent: dict[str, float]) -> None:
         measured = keeping.is_measured(clips[0])
         for name, _, gpus, seconds, metrics in self._scorers:
-            if metrics == measured:
+            if metrics == measured and clips[0].kind != STILL_CLIP:
                 async with self._places[name]:
                     took = await self.cluster.work(name, owner, gpus, seconds * len(clips))
                 spent[name] = took / len(clips)

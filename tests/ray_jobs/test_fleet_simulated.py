@@ -6,9 +6,12 @@ import asyncio
 import bisect
 import itertools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from magicid import commands, erasure, ledger, recipe, status, storage
 from magicid.errors import MagicIDError
@@ -233,6 +236,36 @@ def test_service_is_fair_in_every_window_longer_than_ten_identities(tmp_path: Pa
             ]
             worst = min(worst, jain(shares))
     assert worst >= 0.95
+
+
+def test_who_trains_longer_has_no_larger_share(tmp_path: Path) -> None:
+    rows = [person(f"a{number}", "a", overrides={"hpo.steps": 400}) for number in range(14)]
+    rows += [person(f"b{number}", "b") for number in range(70)]
+    busy = run(tmp_path, rows, rows=False, lasts_s=300).cluster.busy
+    assert jain([busy[owner, "sft"] + busy[owner, "hpo"] for owner in "ab"]) >= 0.95
+
+
+def test_an_owner_at_its_quota_leaves_the_other_slots_to_others(tmp_path: Path) -> None:
+    rows = [person(f"{owner}{number}", owner) for owner in "ab" for number in range(30)]
+    ended = ends(run(tmp_path, rows, recipe=settings(fleet__quotas={"a": 1}), rows=False))
+    b = max(end for name, end in ended.items() if name.startswith("b"))
+    assert b < 30 * 16 / 3 + 60  # 16 s of training for each, on three slots
+    assert max(ended.values()) > 30 * 16  # all of a, on one
+
+
+def test_a_share_of_a_gpu_costs_its_share(tmp_path: Path) -> None:
+    half = settings(
+        resources__worker_gpus=0.5, resources__generator={"min_size": 4, "max_size": 4, "gpus": 0.5}
+    )  # fmt: skip
+    outcome = run(tmp_path, [person(f"p{number}") for number in range(4)], recipe=half, rows=False)
+    counted: Counter[str] = Counter()
+    for record in outcome.ledger.records.values():
+        counted.update(record.seconds)  # type: ignore[arg-type]  # floats add too
+    busy = outcome.cluster.busy
+    assert counted["GenerateClips"] == pytest.approx(busy["a", "generator"])
+    assert counted["hpo"] == pytest.approx(busy["a", "hpo"], rel=0.05)
+    assert busy["a", "motion"] == 0  # its workers hold no GPU: their own seconds count, for all but the still copies
+    assert counted["motion"] == pytest.approx(4 * (10 + 8) * QUICK.motion, rel=0.1)
 
 
 def test_a_starving_low_priority_tenant_always_moves(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ray_jobs.metrics import FleetMetrics
 port, out = int(sys.argv[1]), sys.argv[2]
 ray.init(address="local", num_cpus=1, include_dashboard=False, _metrics_export_port=port, logging_level="ERROR")
 now = [0.0]
-found = FleetMetrics(recipe.load("face-world", {"resources.slots": 2}), lambda: now[0])
+found = FleetMetrics(recipe.load("face-world", {"resources.slots": 2, "resources.motion.gpus": 0.5}), lambda: now[0])
 found.spent("ada", {"GenerateClips": 30.0, "ScoreMotion": 2.0, "ScoreIdentity": 0.0})
 found.spent(None, {"GenerateClips": 5.0})
 found.spent("ada", {"sft": 50.0})
@@ -75,6 +75,7 @@ def test_prometheus_reads_every_figure(tmp_path: Path) -> None:
     assert value("attempts_total", stage="sft") == 2
     assert value("device_seconds_total", stage="GenerateClips", identity="ada") == 30
     assert value("device_seconds_total", stage="GenerateClips", identity="shared") == 5
+    assert value("device_seconds_total", stage="ScoreMotion", identity="ada") == 2 * 0.5
     assert value("device_seconds_total", stage="sft", identity="ada") == 50
     told = {name.removeprefix("magicid_fleet_").removesuffix("_total") for name, _ in values}
     assert told == documented()
