@@ -38,6 +38,9 @@ from ray_jobs.work import CLIPS, TRAINING, View
 T = TypeVar("T")
 WATCH_S, WATCH_S_AT_MOST = 0.5, 20.0  # how often queues, slots and pools are looked at, if nothing ends before
 WATCHED_EACH_S = 200  # so many identities are worth a second between two looks: each costs the same, however many
+# Short stages that the other kind of machine waits for. Behind the long ones of all who came before, slots would run
+# out of people to train while generators are hours behind, and the other way round.
+FIRST, FIRST_S = ("photo clips", "sft", "still clips"), 10 * 365 * 86400.0
 NOTED = 0.01  # progress of a stage is noted in such parts
 SHARED = "shared"  # owner of the clips that everybody waits for
 _STEPS = ("sft", "sft.steps", "hpo", "hpo.steps")  # overrides that say how long an identity trains
@@ -341,13 +344,14 @@ class Fleet:
 
     # ---- what one identity awaits -----------------------------------------------------------------------------
 
-    def due(self, row: ManifestRow) -> float:
-        """When an identity is due, for the order within its owner."""
+    def due(self, row: ManifestRow, stage: str = "") -> float:
+        """When an identity is due, for the order within its owner; with the stage, when its work there is."""
         fleet = self.recipe.fleet
-        return due_time(
+        due = due_time(
             self.ledger.records[row.id].arrived, row.priority, row.deadline,
             ageing_s=fleet.ageing_s, deadline_lead_s=fleet.deadline_lead_s,
         )  # fmt: skip
+        return due - FIRST_S if stage in FIRST else due
 
     async def check(self, row: ManifestRow) -> Identity:
         """The checked identity of a row, whose consent is looked at however long ago its photos were.
@@ -373,7 +377,10 @@ class Fleet:
     async def score(self, row: ManifestRow | None, stage: str, wanted: Sequence[Clip]) -> list[Made]:
         """Generate and score clips; those that were given up are set aside, the others are returned."""
         made = await self.pipeline.score(
-            row.owner if row else SHARED, self.due(row) if row else 0.0, wanted, self._shower(row, stage, len(wanted))
+            row.owner if row else SHARED,
+            self.due(row, stage) if row else 0.0,
+            wanted,
+            self._shower(row, stage, len(wanted)),
         )
         failed = [clip for clip in made if clip.again is not None]
         for clip in failed:
@@ -409,7 +416,7 @@ class Fleet:
                 "identity_id": person.identity_id, "overrides": person.overrides, "stage": stage,
                 "examples": list(examples),
             }  # fmt: skip
-            task = Task(f"{person.identity_id}/{stage}", row.owner, float(steps), self.due(row), payload)
+            task = Task(f"{person.identity_id}/{stage}", row.owner, float(steps), self.due(row, stage), payload)
             self.progress(row.id, stage, 0, steps)
             future = self._training[task.task_id] = asyncio.get_running_loop().create_future()
             self.work.put.remote(TRAINING, [task])

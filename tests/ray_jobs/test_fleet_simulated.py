@@ -288,3 +288,18 @@ def test_a_deadline_is_met_by_overtaking(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     assert ends(run(tmp_path / "one", rows, rows=False))["p59"] > 120
     assert ends(run(tmp_path / "two", hurried, rows=False))["p59"] < 120
+
+
+def test_short_stages_that_the_others_wait_for_go_first(tmp_path: Path) -> None:
+    """Or a person who comes late waits with a few photos behind hours of clips, and the slots behind the photos."""
+    due: dict[tuple[str, str], float] = {}
+
+    async def look(fleet: Fleet, where: Run) -> None:
+        while len(fleet.ledger.records) < 2:
+            await asyncio.sleep(0)
+        for row in list(fleet._rows.values()):
+            due.update({(row.id, stage): fleet.due(row, stage) for stage in ledger.STAGES})
+
+    run(tmp_path, [person("early"), person("late")], meanwhile=look)
+    for short, long in (("photo clips", "trained clips"), ("sft", "hpo"), ("still clips", "evaluation")):
+        assert due["early", short] < due["late", short] < due["early", long] < due["late", long]

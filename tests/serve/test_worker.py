@@ -416,14 +416,19 @@ def test_a_video_that_waits_for_memory_goes_back_when_its_worker_stops(bench: Be
 
 
 def test_a_clip_that_cannot_be_decoded_fails_alone(bench: Bench) -> None:
-    bench.engine.free.clear()
+    bench.worker.stop()
+    worker = bench.new_worker("two", bench.jobs)
     made = [bench.make(seed=seed) for seed in (1, 2, 3)]
-    taken = [bench.take() for _ in made]
-    until(lambda: len(bench.engine.progress()) == 3)
+    taken = [worker.take() for _ in made]  # before it starts: so they are in one batch, and end in one step
     bench.engine.undecodable = 2
-    bench.engine.free.set()
-    assert [future.result(30) for future in taken] == ["completed", "generation_failed", "completed"]
+    worker.start()
+    try:
+        outcomes = [future.result(30) for future in taken if future is not None]
+        assert outcomes == ["completed", "generation_failed", "completed"]
+    finally:
+        worker.stop()
     assert [bench.record(job).status for job in made] == [COMPLETED, FAILED, COMPLETED]
+    assert bench.figures.batches[0] == (3, 1)
 
 
 def test_a_broken_engine_gives_its_videos_back_until_they_were_lost_too_often(bench: Bench) -> None:
