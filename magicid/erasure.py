@@ -155,7 +155,7 @@ def _wanted(run: Run, identity_id: str) -> list[dict[str, Any]]:
     for stage in ("sft", "hpo"):
         uri = training_uri(identity_id, stage, adapters.WEIGHTS_NAME)
         kept = storage.list_files(run.path(training_uri(identity_id, stage, "steps")), ".safetensors")
-        for file in [run.path(uri)] * run.has(uri) + kept:
+        for file in ([run.path(uri)] if run.has(uri) else []) + kept:
             adapter = repository.AdapterRef(uri, storage.sha256_bytes(storage.read_bytes(file)))
             if training and file not in kept:
                 trained = repository.trained_clips(recipe, base, training, person, adapter)

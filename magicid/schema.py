@@ -23,6 +23,7 @@ STILL_CLIP = "V_still"  # a V_t clip's first frame held still; not in the paper,
 EVALUATION_CLIP = "evaluation"  # a held-out prompt, for the table
 CURVE_CLIP = "curve"  # the same prompts by an adapter on its way, for curves
 VALIDATION_CLIP = "validation"  # what a trainer sampled on its way, kept as latents; `seed` is the step
+REWARDED = (BASE_CLIP, TRAINED_CLIP, STATIC_CLIP)  # the kinds that rewards look at, and selection compares
 
 REWARD_NAMES = ("identity", "motion", "semantics")  # the order of the columns of every rewards matrix (N, 3)
 

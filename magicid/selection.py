@@ -138,7 +138,7 @@ def select_pairs(identity_id: str, scored: Sequence[ScoredClip], settings: recip
     clips = _usable(identity_id, scored, dropped)
     names = USED[settings.rewards]
     copies = {str(c.source_id): c for c in clips if c.kind == schema.STILL_CLIP}
-    complete = _complete_clips([c for c in clips if c.kind != schema.STILL_CLIP], dropped, names)
+    complete = _complete_clips([c for c in clips if c.kind in schema.REWARDED], dropped, names)
     static = [c for c in complete if c.kind == schema.STATIC_CLIP]
     sampled = [c for c in complete if c.kind in (schema.BASE_CLIP, schema.TRAINED_CLIP)]
     base = [c for c in sampled if c.kind == schema.BASE_CLIP]

@@ -37,7 +37,7 @@ from magicid.generation import Generator
 from magicid.photos import read_image
 from magicid.recipe import Recipe
 from magicid.run import Run
-from magicid.schema import CURVE_CLIP, EVALUATION_CLIP, STILL_CLIP, VALIDATION_CLIP, Clip, Made, MetricRow, ScoredClip
+from magicid.schema import REWARDED, Clip, Made, MetricRow, ScoredClip
 from magicid.weights import resolve
 from ray_jobs import watchdog
 from ray_jobs.keeping import LAST_KIND, Finished, is_measured, keep
@@ -120,7 +120,7 @@ class Scorer(Stage):
 
     def concerns(self, row: ScoredClip) -> bool:
         """Whether this stage looks at the clip."""
-        return row.kind not in (EVALUATION_CLIP, VALIDATION_CLIP, CURVE_CLIP, STILL_CLIP, LAST.kind)
+        return row.kind in REWARDED
 
     def passed(self, row: ScoredClip) -> Any:
         """What comes out for a clip that is not this stage's."""

@@ -20,7 +20,7 @@ from magicid.recipe import Recipe
 from magicid.repository import AdapterRef
 from magicid.rewards.rows import reward_rows
 from magicid.run import Run
-from magicid.schema import STILL_CLIP, MetricRow, Pair, Rejected, RewardRow, ScoredClip
+from magicid.schema import REWARDED, MetricRow, Pair, Rejected, RewardRow, ScoredClip
 from magicid.selection import select_pairs, with_identity_reward
 from ray_jobs.pipeline import best
 
@@ -55,7 +55,7 @@ def choose_pairs(run: str, recipe: Recipe, identity_id: str, clip_ids: list[str]
         )
         scored = with_identity_reward([rows[clip_id] for clip_id in clip_ids], where.identity(identity_id).references)
         selected = select_pairs(identity_id, scored, recipe.selection)
-        rewarded = [clip for clip in scored if clip.kind != STILL_CLIP]
+        rewarded = [clip for clip in scored if clip.kind in REWARDED]
         where.write(f"rewards/{identity_id}.parquet", reward_rows(rewarded, selected, recipe.rewards), RewardRow)
         where.write(f"pairs/{identity_id}.rejected.parquet", selected.dropped, Rejected)
         where.write(name, selected.pairs, Pair)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from magicid import storage
 from magicid.errors import MagicIDError
 from magicid.run import Run, training_uri
-from magicid.schema import BASE_CLIP, STILL_CLIP, Identity, MetricRow, Pair, Rejected, ScoredClip
+from magicid.schema import BASE_CLIP, REWARDED, Identity, MetricRow, Pair, Rejected, ScoredClip
 from magicid.selection import with_identity_reward
 
 STAGES = ("sft", "hpo")
@@ -148,7 +148,7 @@ def _one_each(rows: list[MetricRow]) -> list[MetricRow]:
 
 
 def _of_person(identity: Identity, own: list[ScoredClip], shared: list[ScoredClip]) -> list[ScoredClip]:
-    own = [clip for clip in own if clip.error is None and clip.kind != STILL_CLIP]
+    own = [clip for clip in own if clip.error is None and clip.kind in REWARDED]
     prompts = {clip.prompt for clip in own}
     shared = [clip for clip in shared if clip.kind == BASE_CLIP and clip.error is None]
     # V_s are made once for each class word: this person's are those under the prompts of its own clips.
