@@ -288,7 +288,6 @@ class Evaluation(Section):
     pose: str = Field("", description="world:pose, or landmarks: by the five points of the face detector")
     clip: str = Field("", description="a transformers CLIP folder; empty: the classifier's features where there are")
     video: str = Field("", description="a folder with the I3D TorchScript file; empty: likewise")
-    video_reference: str = Field("", description="a folder of clips that FVD compares with")
     classifier: str = Field("", description="world:classifier, or empty")
     every: int = Field(0, ge=0, description="also of the adapter every so many training steps, for curves; 0: never")
     seed: int = 1000

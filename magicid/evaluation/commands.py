@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 PART = 16  # clips a part: what is lost at most when the command is stopped
-CLIPS = typer.Option(..., "--clips", help="folder with clips.jsonl, or of <identity>/<prompt>.mp4")
-IDENTITIES = typer.Option(..., "--identities", help="manifest of the people in the clips")
+CLIPS = typer.Option(
+    ..., "--clips", help="folder with clips.jsonl, or of <identity>/<prompt>.mp4; of any videos without --identities"
+)
+IDENTITIES = typer.Option("", "--identities", help="manifest of the people in the clips; without it nobody is compared")
 NAME = typer.Option(..., "--name", help="what the method is called in tables, such as ID-Animator")
 OUT = typer.Option(..., "--out", help="folder for the rows; the same one resumes")
 
@@ -45,7 +47,7 @@ def evaluate(
     settings = recipe.load(recipe_name, recipe.parse_overrides(context.args))
     metrics = Metrics.from_recipe(settings, device, threads)
     waiting, people = prepare(settings, metrics, clips, identities, out)
-    typer.echo(f"{len(waiting)} clips to measure, {len(people)} people")
+    typer.echo(f"{len(waiting)} clips to measure, {len(people) if people else 'no'} people")
     for part in parts(waiting):
         save(out, [folder.measure_one(clip, people, metrics, name) for clip in part])
     typer.echo(f"rows in {out}; `magicid results {out}` makes the tables")
@@ -53,20 +55,23 @@ def evaluate(
 
 def prepare(
     settings: Recipe, metrics: Metrics, clips: str, identities: str, out: str
-) -> tuple[list[ForeignClip], dict[str, Person]]:
-    """The clips of a folder that `out` has no row of yet, and the people of a manifest."""
+) -> tuple[list[ForeignClip], dict[str, Person] | None]:
+    """The clips of a folder that `out` has no row of yet, and the people of a manifest; None without a manifest."""
     from magicid import storage
     from magicid.evaluation import folder, results
     from magicid.manifests import read_manifest
     from magicid.photos import decode_photo
 
-    found = folder.list_clips(clips)
+    found = folder.list_clips(clips, of_people=bool(identities))
     known = {row.clip_id for row in results.read([out])} if storage.list_files(out, ".parquet") else set()
+    waiting = [clip for clip in found if clip.clip_id not in known]
+    if not identities:
+        return waiting, None
     rows, _ = read_manifest(identities)
     people = folder.read_people(
         rows, metrics, lambda location: decode_photo(storage.read_bytes(location), location, settings.identities)
     )
-    return [clip for clip in found if clip.clip_id not in known], people
+    return waiting, people
 
 
 def parts(clips: list[ForeignClip]) -> Iterator[list[ForeignClip]]:
@@ -86,7 +91,9 @@ def save(out: str, rows: list[Any]) -> None:
 def show_results(
     locations: list[str] = typer.Argument(..., help="run directories, and folders or files of rows"),  # noqa: B008
     out: str = typer.Option("results", help="folder for results.md, results.json and the figures"),
-    reference: str = typer.Option("", help="rows whose video features the Fréchet video distance is taken to"),
+    reference: str = typer.Option(
+        "", help="rows the Fréchet video distance is taken to: what `magicid evaluate` wrote of a reference folder"
+    ),
 ) -> None:
     """Merge rows into tables and figures, the paper's numbers beside them."""
     from magicid.evaluation import document, results

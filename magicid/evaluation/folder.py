@@ -3,13 +3,14 @@
 clips/clips.jsonl      {"file": "ada/1.mp4", "identity": "ada", "prompt": "a person nods", "seed": 1}, one a line
 clips/ada/a person nods on the beach.mp4        without that file: person and prompt by the path
 clips/ada/a person nods on the beach #7.mp4     and a seed
+clips/anything.mp4     where nobody is to be recognised: the reference folder of the Fréchet video distance
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -54,15 +55,22 @@ class Person:
     photos: list[NDArray[np.uint8]]
 
 
-def list_clips(folder: str) -> list[ForeignClip]:
-    """The clips of a folder, by its index or by its paths. Raises StorageError: none, or a line that is no clip."""
+def list_clips(folder: str, *, of_people: bool = True) -> list[ForeignClip]:
+    """The clips of a folder, by its index or by its paths; without people any video in it is a clip.
+
+    Raises:
+        StorageError: none, or a line or path that is no clip.
+    """
     index = storage.join(folder, INDEX)
     if storage.exists(index):
         lines = storage.read_bytes(index).decode().splitlines()
         found = [_from_line(folder, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     else:
         names = [name for name in storage.list_relative(folder) if name.lower().endswith(_VIDEOS)]
-        found = [_from_path(folder, name) for name in sorted(names)]
+        found = [
+            _from_path(folder, name) if of_people else ForeignClip(storage.join(folder, name), "", "", 0)
+            for name in sorted(names)
+        ]
     if not found:
         raise StorageError(f"{folder} holds no clips", f"put {INDEX} there, or videos as <identity>/<prompt>.mp4")
     return found
@@ -89,22 +97,13 @@ def _from_path(folder: str, name: str) -> ForeignClip:
     return ForeignClip(storage.join(folder, name), path.parts[0], prompt, int(seed[1]) if seed else 0)
 
 
-def measure(
-    clips: Sequence[ForeignClip], people: dict[str, Person], metrics: Metrics, method: str, known: frozenset[str]
-) -> Iterator[MetricRow]:
-    """A row for each clip that is not `known` (by id), in order; one that cannot be read has nulls and a reason."""
-    for clip in clips:
-        if clip.clip_id not in known:
-            yield measure_one(clip, people, metrics, method)
-
-
-def measure_one(clip: ForeignClip, people: dict[str, Person], metrics: Metrics, method: str) -> MetricRow:
-    """The row of one clip."""
+def measure_one(clip: ForeignClip, people: dict[str, Person] | None, metrics: Metrics, method: str) -> MetricRow:
+    """The row of one clip; one that cannot be read has nulls and a reason. Without `people` nobody is compared."""
     asked = {
         "clip_id": clip.clip_id, "identity_id": clip.identity_id, "method": method, "prompt": clip.prompt,
         "seed": clip.seed, "video_uri": clip.location,
     }  # fmt: skip
-    person = people.get(clip.identity_id)
+    person = people.get(clip.identity_id) if people is not None else Person(None, [])
     try:
         if person is None:
             raise StorageError(f"nobody is called {clip.identity_id!r} in the manifest", "correct the clip's identity")

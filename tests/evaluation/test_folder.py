@@ -13,6 +13,7 @@ from magicid.cli import app
 from magicid.clips import encode_mp4
 from magicid.errors import StorageError
 from magicid.evaluation import folder, results
+from magicid.evaluation.metrics.video import frechet_distance
 from magicid.world.language import caption
 from magicid.world.people import sample_people
 from magicid.world.renderer import render_clips, render_photos
@@ -112,3 +113,31 @@ def folder_row(name: str, photo: str):
     from magicid.manifests import ManifestRow
 
     return ManifestRow(name, [photo])
+
+
+def test_a_reference_folder_needs_no_people_and_gives_the_frechet_distance(place, tmp_path) -> None:
+    people = sample_people(6, seed=970_002)
+    clips = render_clips(people, [0, 1, 2, 3, 4, 5], [2, 3, 4, 5, 6, 7], range(6)).frames
+    (tmp_path / "real").mkdir()
+    for number, frames in enumerate(clips):
+        (tmp_path / "real" / f"{number}.mp4").write_bytes(encode_mp4(frames, 8))
+    reference = str(tmp_path / "reference")
+    arguments = ["evaluate", "--clips", str(tmp_path / "real"), "--name", "reference", "--out", reference]
+    told = CliRunner().invoke(app, arguments)
+    assert told.exit_code == 0, told.output
+    assert "6 clips to measure, no people" in told.output
+    rows = results.read([reference])
+    assert [(row.face_sim, row.error) for row in rows] == [(None, None)] * 6
+    out = str(tmp_path / "rows")
+    assert evaluate(place, "--name", "ID-Animator", "--out", out).exit_code == 0
+    merged = tmp_path / "merged"
+    told = CliRunner().invoke(app, ["results", out, "--reference", reference, "--out", str(merged)])
+    assert told.exit_code == 0, told.output
+    (method,) = json.loads((merged / "results.json").read_text())["methods"]
+    with pytest.warns(UserWarning, match="biased"):
+        wanted = frechet_distance(
+            *(np.array([r.video_features for r in results.read([side])]) for side in (out, reference))
+        )
+    assert method["fvd"] == pytest.approx(wanted)
+    assert wanted > 0
+    assert "| fvd |" in (merged / "results.md").read_text()

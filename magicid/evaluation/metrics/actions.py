@@ -33,10 +33,12 @@ class ActionMetrics:
 def action_columns(prompt: str, actions: np.ndarray, places: np.ndarray) -> Columns:
     """The three columns from probabilities of the actions (8,) and of the places (8,).
 
-    A prompt that names no single action and place has none, and an `error`.
+    A prompt that names no single action and place has none, and an `error`; without a prompt nothing was asked.
     """
     from magicid.world.language import parse
 
+    if not prompt:
+        return {}
     action, place = parse(prompt)
     if action is None or place is None:
         return {"error": f"prompt_score: the prompt {prompt!r} names no single action and place"}
