@@ -14,7 +14,6 @@ import ray
 
 from magicid.errors import MagicIDError, StorageError
 from magicid.recipe import Recipe
-from ray_jobs.slots import set_environment
 
 T = TypeVar("T")
 
@@ -29,6 +28,16 @@ def connect(settings: Recipe) -> None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+
+
+def set_environment(recipe: Recipe) -> None:
+    """Environment of this process and of the workers it starts: threads wait asleep, few of them on a laptop."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own notes between the progress bars
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")  # a dozen actors on two cores are no mistake
+    if recipe.resources.threads:
+        os.environ.setdefault("OMP_NUM_THREADS", str(recipe.resources.threads))
 
 
 def submission() -> str:

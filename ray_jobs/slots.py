@@ -8,7 +8,6 @@ dies gives its identity back, which another slot takes up from the last checkpoi
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import uuid
@@ -33,16 +32,6 @@ POLL_S = 0.3  # how often an idle slot asks for work
 ROUND_S = 20.0  # after so long the workers of an idle slot meet, so that none waits in a collective for ever
 TELL_S = 1.0  # at most so often a slot tells its step
 BROKEN_STARTS = 3  # for each slot: so many that broke in a row before they took an identity, and nothing can be trained
-
-
-def set_environment(recipe: Recipe) -> None:
-    """Environment of this process and of the workers it starts: threads wait asleep, few of them on a laptop."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own notes between the progress bars
-    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")  # a dozen actors on two cores are no mistake
-    if recipe.resources.threads:
-        os.environ.setdefault("OMP_NUM_THREADS", str(recipe.resources.threads))
 
 
 class Slots:

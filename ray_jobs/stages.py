@@ -13,7 +13,7 @@ Rewards look at the clips of the preference repository, metrics at the others; e
 one pass serves both and the video model is loaded once. A row that fails carries its reason on; it never ends the job.
 One that hangs, or eats memory, ends its process and is given up when its tries are used up. A storage that is full or
 away is no row's failure: the pass over the pools breaks and is begun again. Pixels stay in storage, rows carry URI +
-SHA-256.
+SHA-256. Each stage imports its model's libraries when it is set up: all of them cost a process seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from magicid import schema, storage, storage_errors
 from magicid.attempts import Attempts
 from magicid.clips import decode_mp4
 from magicid.errors import MagicIDError, RewardError, StorageError
-from magicid.generation import Generator
 from magicid.photos import read_image
 from magicid.recipe import Recipe
 from magicid.run import Run
@@ -188,6 +187,8 @@ class GenerateClips(Stage):
     reads, writes = Clip, ScoredClip
 
     def setup(self) -> None:
+        from magicid.generation import Generator
+
         self.generator = Generator(self.recipe, self.run, job=self.job, device=device())
 
     def process(self, rows: list[Clip]) -> Iterator[ScoredClip]:
