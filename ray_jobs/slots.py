@@ -43,7 +43,6 @@ class Slots:
         self._threads: dict[str, threading.Thread] = {}
         self._held: dict[str, Held] = {}
         self._broken, self._last_error = 0, ""
-        self._took: set[str] = set()
         self._problem = ""
 
     def adjust(self, waiting: int, held: dict[str, Held]) -> str:
@@ -56,7 +55,6 @@ class Slots:
             TrainingError: no slot can start.
         """
         self._held = held
-        self._took |= set(held)
         self._threads = {slot: thread for slot, thread in self._threads.items() if thread.is_alive()}
         if self._broken >= BROKEN_STARTS * self.recipe.resources.slots:
             action = "see the worker's log and `magicid check`, then run the same command again"
@@ -80,7 +78,7 @@ class Slots:
             _trainer(self.recipe, self.run, self._work_name, slot).fit()
         except Exception as error:  # the slot is gone; its identity goes back to the queue
             self._last_error = _reason(error)
-            self._broken = 0 if slot in self._took else self._broken + 1
+            self._broken = 0 if ray.get(self._work.has_trained.remote(slot)) else self._broken + 1
             self._problem = self._last_error
             self._work.call.remote(TRAINING, "release", slot, self._last_error, counted=not self._machine_lost(slot))
         else:
@@ -152,10 +150,11 @@ def slot_loop(config: dict[str, Any]) -> None:
         tell = _Teller(work, slot, task.task_id) if rank == 0 else None
         try:
             result = worker.train(task, tell or (lambda step, metrics: None))
-        except MagicIDError as error:  # this identity stops, with its last good checkpoint; the slot goes on
+        except MagicIDError as error:  # this identity stops, with its last good checkpoint
             away = isinstance(error, StorageError) and storage_errors.outage(error)  # which another try may not meet
-            if rank == 0:
-                ray.get(work.call.remote(TRAINING, "release" if away else "fail", slot, str(error)))
+            ray.get(work.call.remote(TRAINING, "release" if away else "fail", slot, str(error)))  # heard once
+            if world_size > 1:  # it may have met this worker alone, and the others wait for it in the middle of a step
+                raise
         except Cancelled:
             if world_size > 1:  # the other workers are in the middle of a step: start them all again
                 raise

@@ -38,6 +38,7 @@ class Work:
     def __init__(self, queues: dict[str, FairQueue]) -> None:
         self._queues = queues
         self._sent_home: dict[str, bool] = dict.fromkeys(queues, False)
+        self._slots: set[str] = set()
         self._news = asyncio.Event()
 
     def put(self, queue: str, tasks: list[Task]) -> None:
@@ -49,7 +50,13 @@ class Work:
         """A task; None: ask again; END: there is no more."""
         task = self._queues[queue].take(holder)
         self._tell(queue)  # the holder's last task may have been given up
+        if task is not None and queue == TRAINING:
+            self._slots.add(holder)
         return END if task is None and self._sent_home[queue] else task
+
+    def has_trained(self, slot: str) -> bool:
+        """Whether a training slot has ever taken a task."""
+        return slot in self._slots
 
     def send_home(self, queue: str, whether: bool) -> None:
         """Let those who find nothing to take go home, or wait."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,17 +19,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m magicid.laboratory", description=__doc__)
     parser.add_argument("out", type=Path, help="folder of the rows; what is finished there is not made again")
     parser.add_argument("--plan", choices=sorted(PLANS), default="small")
+    parser.add_argument("--methods", nargs="+", default=None, help="only these of the plan's preference methods, first")
     parser.add_argument("--recipe", default="face-world")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--workers", type=int, default=None, help="processes that measure; one for each core but one")
     chosen = parser.parse_args(arguments)
-    say = clock()
+    plan, folder, say = PLANS[chosen.plan], chosen.out / chosen.plan, clock()
+    if chosen.methods:
+        variants = tuple(variant for variant in plan.variants if variant.method in chosen.methods)
+        plan = dataclasses.replace(plan, variants=variants)
     settings = recipe.load(chosen.recipe)
     with measuring(settings, chosen.workers) as pool:
         device = choose_device(chosen.device).type
-        study = Study(PLANS[chosen.plan], settings, pool, chosen.out / chosen.plan, device, say)
-        rows = study.run()
-    folder = chosen.out / chosen.plan
+        for seed in plan.train_seeds:  # one after the other: what is interrupted has whole seeds of everybody
+            rows = Study(dataclasses.replace(plan, train_seeds=(seed,)), settings, pool, folder, device, say).run()
     say(f"{len(rows)} rows in {folder}; tables and figures: magicid results {folder}")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from magicid.laboratory.measuring import Measuring
 from magicid.laboratory.population import Stack, StackedLora
 from magicid.rewards.dynamics import MotionReward
 from magicid.schema import ScoredClip
+from magicid.training.tokens import TOKENS, with_tokens
 
 _ROWS = {"cpu": 16, "cuda": 480}  # clips in one forward pass
 
@@ -39,10 +41,22 @@ class TextBank:
 
 
 class Sampler:
-    """Samples from the base or from many adapters."""
+    """Samples from the base or from many adapters, which may be extended tokens instead of LoRAs."""
 
     def __init__(self, backbone: Any, adapters: StackedLora, text: TextBank, device: torch.device) -> None:
         self.backbone, self.adapters, self.text, self.device = backbone, adapters, text, device
+
+    @contextmanager
+    def under(self, weights: Stack | None, text: TextEmbeddings) -> Iterator[TextEmbeddings]:
+        """What K adapters make of the text of K row groups; LoRAs are active inside the block."""
+        if weights is None or TOKENS not in weights:
+            with self.adapters.active(weights):
+                yield text
+            return
+        each = len(next(iter(text.values()))) // len(weights[TOKENS])
+        groups = [{name: rows[k * each :][:each] for name, rows in text.items()} for k in range(len(weights[TOKENS]))]
+        told = [with_tokens(group, tokens) for group, tokens in zip(groups, weights[TOKENS])]
+        yield {name: torch.cat([group[name] for group in told]) for name in text}
 
     @torch.no_grad()
     def sample(
@@ -61,8 +75,8 @@ class Sampler:
         for start in range(0, count, each):
             part = None if weights is None else {k: w.detach()[start : start + each] for k, w in weights.items()}
             repeats = min(each, count - start)
-            with self.adapters.active(part):
-                made.append(backbone.sample_text(self.text(list(prompts) * repeats), list(seeds) * repeats))
+            with self.under(part, self.text(list(prompts) * repeats)) as text:
+                made.append(backbone.sample_text(text, list(seeds) * repeats))
         return torch.cat(made)
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:

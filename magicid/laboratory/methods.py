@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+# MagicMe: as many tokens as its paper's concept has at least, at a rate that fits vectors instead of matrices.
+TOKENS_COUNT, TOKENS_RATE = 4, 0.1
 BOTH, ONLY_STATIC, ONLY_DYNAMIC = "both", "P_id", "P_dy"
 
 
@@ -51,6 +53,7 @@ class Plan:
         train_seeds: trainings of each person.
         sft_steps: self-reconstruction is measured after these steps; so the curve goes on as long as any method trains.
         frames_steps: likewise for training on single frames, DreamBooth; empty: without it.
+        tokens_steps: likewise for extended tokens, MagicMe.
         variants: what is trained by preferences.
         hpo_steps: measured after these, beyond the SFT.
         lengths: frames of the clips for the paper's figure 2a, beside the recipe's own.
@@ -65,6 +68,7 @@ class Plan:
     frames_steps: tuple[int, ...]
     variants: tuple[Variant, ...]
     hpo_steps: tuple[int, ...]
+    tokens_steps: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
     sft_rates: tuple[float, ...] = ()
 
@@ -131,10 +135,11 @@ TEST = Plan(
     people=8,
     prompts=20,
     train_seeds=(0, 1, 2),
-    sft_steps=(30, 60, 90, 120, 180, 220, 320),
-    frames_steps=(120, 320),
+    sft_steps=(60, 120, 180, 220, 320),
+    frames_steps=(120, 220, 320),
+    tokens_steps=(120, 220, 320),
     variants=METHODS,
-    hpo_steps=(50, 100, 200),
+    hpo_steps=(50, 100),
     lengths=(9, 17, 25),
 )
 

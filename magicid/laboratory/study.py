@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
 
@@ -19,7 +20,7 @@ from magicid.evaluation import results
 from magicid.evaluation.metrics import Sample
 from magicid.laboratory.clips import Bank, Sampler, TextBank, still_copy, wanted
 from magicid.laboratory.measuring import Measuring
-from magicid.laboratory.methods import Plan, Variant
+from magicid.laboratory.methods import TOKENS_COUNT, TOKENS_RATE, Plan, Variant
 from magicid.laboratory.pairs import make_pairs
 from magicid.laboratory.people import SEED, Person, people
 from magicid.laboratory.population import Stack, StackedLora, take
@@ -29,6 +30,7 @@ from magicid.recipe import Recipe
 from magicid.rewards.dynamics import MotionReward
 from magicid.schema import MetricRow, ScoredClip
 from magicid.selection import with_identity_reward
+from magicid.training.tokens import TOKENS, first_tokens
 from magicid.world import language
 from magicid.world.renderer import render_clips, sample_people
 
@@ -56,7 +58,7 @@ Say = Callable[[str], None]
 
 
 class Study:
-    """A plan on its way. Finished rows lie in `out` and are not made again.
+    """A plan on its way. Finished rows lie in `out` and are not made again, nor is what only leads to them.
 
     Args:
         recipe: whose settings every variant starts from.
@@ -96,22 +98,27 @@ class Study:
         self.references = {person.name: both for person, both in zip(self.people, found)}
         rates = plan.sft_rates or (recipe.sft.learning_rate,)
         self.owners = [Owner(p, seed, rate) for rate in rates for p in self.people for seed in plan.train_seeds]
+        self._suffix = "seed" + "-".join(map(str, plan.train_seeds))
         self._base_clips: list[ScoredClip] | None = None
         self._pending: list[tuple[Path, list[MetricRow], list[Any]]] = []
 
     # ---- the whole --------------------------------------------------------------------------------------------
 
     def run(self) -> list[MetricRow]:
-        """All of the plan; returns its rows."""
+        """What is missing of the plan; returns all its rows."""
         self.out.mkdir(parents=True, exist_ok=True)
         self._base()
         static = [self.sampler.static(owner.person.photos) for owner in self.owners]
-        trained = self._sft("sft", static, self.plan.sft_steps)
+        trained = self._sft("sft", static, self.plan.sft_steps, self._starts(self.plan.variants))
         if self.plan.frames_steps:
             self._sft("dreambooth", [latents[:, :, :1] for latents in static], self.plan.frames_steps)
-        starts = self._starts()
-        selections = {start: self._repository(start, trained[start], static) for start in starts}
-        self._preferences(trained, selections)
+        if self.plan.tokens_steps:
+            self._sft("magicme", static, self.plan.tokens_steps)
+        missing = [variant for variant in self.plan.variants if not self._is_measured(variant)]
+        repositories = {start: self._repository(start, trained[start], static) for start in self._starts(missing)}
+        # A GPU has room for all; on a CPU nothing is gained by it, and a variant that is finished stays.
+        for variants in [missing] if self.device.type == "cuda" else [[variant] for variant in missing]:
+            self._preferences(variants, trained, repositories)
         return self.finish()
 
     def finish(self) -> list[MetricRow]:
@@ -119,8 +126,17 @@ class Study:
         self._collect(wait=True)
         return results.read([str(self.out)])
 
-    def _starts(self) -> list[int]:
-        return sorted({self._settings(variant).sft.steps for variant in self.plan.variants})
+    def _starts(self, variants: Sequence[Variant]) -> list[int]:
+        return sorted({self._settings(variant).sft.steps for variant in variants})
+
+    def _is_measured(self, variant: Variant) -> bool:
+        start = self._settings(variant).sft.steps
+        steps = (start + after for after in self.plan.hpo_steps)
+        return all(self._file(variant.method, variant.setting, step).exists() for step in steps)
+
+    def _file(self, method: str, setting: str, step: int, key: str = "") -> Path:
+        parts = (method, setting.replace(", ", "+").replace("=", "-"), f"{step:04d}", key or self._suffix)
+        return self.out / f"{'-'.join(part for part in parts if part)}.parquet"
 
     def _settings(self, variant: Variant) -> Recipe:
         return self.recipe.with_overrides(dict(variant.overrides))
@@ -145,20 +161,38 @@ class Study:
                 [(person, 0, self.prompts[i], self.seeds[i], f) for i, f in zip(rows, clips.frames)], key=person.name,
             )  # fmt: skip
 
-    def _sft(self, method: str, static: Sequence[torch.Tensor], at: Sequence[int]) -> dict[int, Stack]:
-        fresh = self.sampler.adapters.initial([owner.seed for owner in self.owners], self.device)
-        at = sorted({*at, *(self._starts() if method == "sft" else ())})
+    def _sft(
+        self, method: str, static: Sequence[torch.Tensor], at: Sequence[int], starts: Sequence[int] = ()
+    ) -> dict[int, Stack]:
+        """Train and measure, or find it done; returns at least the adapters that preference training starts from."""
+        at = sorted({*at, *starts})
+        rates = list(dict.fromkeys(owner.rate for owner in self.owners))
+        settings = {rate: f"sft.learning_rate={rate:g}" if self.plan.sft_rates else "" for rate in rates}
+        kept = self.out / f"{method}-{self._suffix}.safetensors"
+        if kept.exists() and all(
+            self._file(method, setting, step).exists() for setting in settings.values() for step in at
+        ):
+            flat = safetensors.torch.load_file(kept, device=str(self.device))
+            return {s: {key[5:]: flat[key] for key in flat if key.startswith(f"{s:04d}/")} for s in starts}
         caption = for_class(self.recipe.sft.prompt, CLASS_WORD)
+        fresh = self._fresh_tokens(caption) if method == "magicme" else self._fresh_adapters()
         trained = train_sft(
             self.sampler, fresh, static, [caption] * len(static), self.recipe.sft, self.recipe.trainer.shift, at,
-            self._tick, [owner.rate for owner in self.owners],
+            self._tick, [TOKENS_RATE if method == "magicme" else owner.rate for owner in self.owners],
         )  # fmt: skip
+        safetensors.torch.save_file({f"{s:04d}/{k}": v.cpu() for s in starts for k, v in trained[s].items()}, kept)
         for step, weights_ in trained.items():
-            for rate in dict.fromkeys(owner.rate for owner in self.owners):
+            for rate, setting in settings.items():
                 members = [k for k, owner in enumerate(self.owners) if owner.rate == rate]
-                setting = f"sft.learning_rate={rate:g}" if self.plan.sft_rates else ""
                 self._held_out(method, setting, step, take(weights_, members), members)
         return trained
+
+    def _fresh_adapters(self) -> Stack:
+        return self.sampler.adapters.initial([owner.seed for owner in self.owners], self.device)
+
+    def _fresh_tokens(self, caption: str) -> Stack:
+        text = self.sampler.text([caption])
+        return {TOKENS: torch.stack([first_tokens(text, TOKENS_COUNT, o.seed) for o in self.owners]).to(self.device)}
 
     def _repository(self, start: int, trained: Stack, static: Sequence[torch.Tensor]) -> list[Repository]:
         settings, caption = self.recipe.repository, for_class(self.recipe.sft.prompt, CLASS_WORD)
@@ -188,11 +222,13 @@ class Study:
             position += count
         return found
 
-    def _preferences(self, trained: Mapping[int, Stack], repositories: Mapping[int, list[Repository]]) -> None:
-        """Train all variants of all adapters in one batch."""
+    def _preferences(
+        self, variants: Sequence[Variant], trained: Mapping[int, Stack], repositories: Mapping[int, list[Repository]]
+    ) -> None:
+        """Train variants of all adapters in one batch."""
         trainings: list[tuple[Variant, int, int]] = []  # variant, start, adapter
         preferences: list[Preference] = []
-        for variant in self.plan.variants:
+        for variant in variants:
             settings = self._settings(variant)
             start = settings.sft.steps
             for k, repository in enumerate(repositories[start]):
@@ -222,7 +258,7 @@ class Study:
             self.recipe.trainer.shift, self.plan.hpo_steps, self._tick,
         )  # fmt: skip
         for steps, population in made.items():
-            for variant in self.plan.variants:
+            for variant in variants:
                 members = [(i, k) for i, (v, _, k) in enumerate(trainings) if v is variant]
                 if members:
                     start = self._settings(variant).sft.steps
@@ -255,17 +291,18 @@ class Study:
         """Sample the held-out prompts from adapters and begin to measure them; longer clips from the first ones."""
         owners = [self.owners[k] for k in (members if members is not None else range(len(self.owners)))]
         lengths: list[int | None] = [None]
-        last = method != "hpo" and step == max((*self.plan.sft_steps, *self.plan.frames_steps))
-        if not setting and ((method == "hpo" and long) or (method in ("sft", "dreambooth") and last)):
+        last = method in ("sft", "dreambooth") and step == max((*self.plan.sft_steps, *self.plan.frames_steps))
+        if not setting and ((method == "hpo" and long) or last):
             lengths += self.plan.lengths
         for frames in lengths:
-            if (self.out / f"{_name(method, setting, step, frames)}.parquet").exists():
+            key = f"{frames}frames-{self._suffix}" if frames else self._suffix
+            if self._file(method, setting, step, key).exists():
                 continue
             prompts = self.prompts if frames is None else self.prompts[: max(1, len(self.prompts) // 4)]
             seeds = self.seeds[: len(prompts)]
             clips = self.sampler.decode(self.sampler.sample(population, prompts, seeds, frames=frames))
             asked = [(o.person, o.seed, prompts[i], seeds[i]) for o in owners for i in range(len(prompts))]
-            self._measure(method, setting, step, [(*a, f) for a, f in zip(asked, clips)], key=_length(frames))
+            self._measure(method, setting, step, [(*a, f) for a, f in zip(asked, clips)], key)
         self._collect()
 
     def _measure(
@@ -274,10 +311,9 @@ class Study:
         setting: str,
         step: int,
         clips: Sequence[tuple[Person, int, str, int, NDArray[np.uint8]]],
-        key: str = "",
+        key: str,
     ) -> None:
-        name = "-".join(part for part in (_name(method, setting, step, None), key) if part)
-        file = self.out / f"{name}.parquet"
+        file = self._file(method, setting, step, key)
         if file.exists():
             return
         samples, rows = [], []
@@ -307,15 +343,6 @@ class Study:
 
     def _tick(self, stage: str, step: int, loss: float) -> None:
         self._say(f"{stage} {step}: loss {loss:.4f}")
-
-
-def _length(frames: int | None) -> str:
-    return f"{frames}frames" if frames else ""
-
-
-def _name(method: str, setting: str, step: int, frames: int | None) -> str:
-    parts = (method, setting.replace(", ", "+").replace("=", "-"), f"{step:04d}", _length(frames))
-    return "-".join(part for part in parts if part)
 
 
 def clock() -> Say:

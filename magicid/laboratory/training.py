@@ -36,7 +36,7 @@ def train_sft(
     """Self-reconstruction of inflated photos.
 
     Args:
-        weights: K fresh adapters.
+        weights: K fresh adapters: LoRAs, or extended tokens (MagicMe).
         photos: latents (P, C, F, H, W) of each adapter's person.
         prompts: each adapter's caption.
         shift: of the noise levels.
@@ -58,9 +58,9 @@ def train_sft(
         clean = torch.cat([latents[torch.from_numpy(r).to(latents.device)] for latents, r in zip(photos, rows)])
         noise = torch.randn(clean.shape, generator=randomness, device=sampler.device)
         sigma = _sigma(len(clean), randomness, shift)
-        with sampler.adapters.active(population.weights):
+        with sampler.under(population.weights, text) as told:
             velocity = sampler.backbone.predict_velocity(
-                add_noise(clean, noise, sigma), sigma, text, settings.guidance_scale
+                add_noise(clean, noise, sigma), sigma, told, settings.guidance_scale
             )
         loss = velocity_error(velocity, velocity_target(clean, noise)).sum() / each
         population.step(loss)

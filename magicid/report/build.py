@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from magicid.evaluation.table import METHODS, table
-from magicid.report import comparison, curves, pareto
+from magicid.report import comparison, curves, pareto, plane
 from magicid.report.media import Media, Video
 from magicid.report.reading import STAGES, Contents, Person, read
 from magicid.run import Run
@@ -78,6 +78,8 @@ def build_report(run: Run, limit: int = 50) -> str:
     pooled = table(comparison.pooled(contents.evaluation))
     differences = comparison.differences(contents.evaluation)
     lines = comparison.lines(pooled + estimates, differences)
+    whom = pooled or estimates  # everybody together, or the one there is
+    drawn = plane.planes(whom, whom[0].identity_id) if whom else []
     people = [_view(person, number, contents, lines, media, shown) for number, person in enumerate(contents.people)]
     headline, sentences = comparison.verdict(differences)
     environment = jinja2.Environment(
@@ -93,6 +95,7 @@ def build_report(run: Run, limit: int = 50) -> str:
         lines=lines,
         headline=headline,
         sentences=sentences,
+        planes=drawn,
         metrics=[comparison.METRIC_NAMES[metric] for metric in comparison.shown(pooled + estimates)],
         method_names=comparison.METHOD_NAMES,
         stage_names={"sft": "SFT", "hpo": "HPO"},

@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         fleet__clip_limit_s=15, fleet__step_limit_s=30, fleet__memory_limit_gib=1, fleet__window=len(names),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MAGICID_POISON", "1")
+        patch.setenv("MAGICID_POISON", str(folder))
         path = [str(Path(__file__).parent / "poison"), str(job.ROOT), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
         code = job.finish(arguments, folder / "log", timeout_s=1500)

@@ -15,8 +15,8 @@ import pytest
 from magicid import storage
 from magicid.clips import decode_mp4, encode_mp4
 from magicid.evaluation.intervals import Interval
-from magicid.evaluation.table import table
-from magicid.report import build_report, comparison, curves, media, svg
+from magicid.evaluation.table import Estimate, table
+from magicid.report import build_report, comparison, curves, media, plane, svg
 from magicid.report.comparison import REPORTED, shown
 from magicid.report.pareto import fronts
 from magicid.run import Run, identity_uri
@@ -282,3 +282,21 @@ def test_a_trainers_samples_are_not_compared_with_held_out_clips(tmp_path: Path)
     row = MetricRow("c", "ada", "validation", "a person nods", 60, 0.123, 1.0, 4.56, 0.789, 8, 13, 48, 48, None)
     run.append("evaluation/ada", [row], MetricRow)
     assert build_report(run) == before
+
+
+def test_identity_against_motion_has_each_method_where_its_means_are() -> None:
+    def point(method: str, likeness: float, motion: float) -> list[Estimate]:
+        return [
+            Estimate("ada", method, "face_sim", likeness, likeness - 0.1, likeness + 0.1, 9, 0),
+            Estimate("ada", method, "dynamic_magnitude", motion, None, None, 9, 0),
+        ]
+
+    estimates = [*point("base", 0.0, 10.0), *point("sft", 0.2, 5.0), *point("hpo", 0.2, 7.5)]
+    (drawing,) = plane.planes(estimates, "ada")  # nobody measured the head
+    places = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawing)]
+    (base_x, base_y), (sft_x, sft_y), (hpo_x, hpo_y) = places
+    assert base_x < sft_x == hpo_x
+    assert hpo_y - base_y == pytest.approx(sft_y - hpo_y, abs=0.02), "7.5 is half way between 10 and 5, higher is more"
+    assert "HPO: face_sim 0.200, dynamic_magnitude 7.50, 9 clips" in drawing
+    assert drawing.count('class="reach"') == 3, "an interval only where there is one"
+    assert plane.planes(estimates[:2], "ada") == plane.planes(estimates, "bruno") == []

@@ -2,6 +2,7 @@
 
     generation-hang, reward-exit, photos-raise, training-allocate, ...
 
+`training-alone`: the second worker of a slot loses the storage, once; MAGICID_POISON is the folder that remembers it.
 Only one clip of a person is poison, so that it can be seen whether the others are made.
 """
 
@@ -13,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -31,6 +33,20 @@ def go_wrong(identity_id: str | None, stage: str) -> None:
         blocks = []
         while True:
             blocks.append(bytearray(2**26))
+    if way == "alone":
+        lose_the_storage_once()
+
+
+def lose_the_storage_once() -> None:
+    """What a worker with rank 1 meets the first time."""
+    import ray.train
+
+    from magicid.errors import StorageError
+
+    mark = Path(os.environ["MAGICID_POISON"], "lost")
+    if ray.train.get_context().get_world_rank() == 1 and not mark.exists():
+        mark.touch()
+        raise StorageError("the storage is away", "wait") from ConnectionError("reset")
 
 
 def before(owner: Any, name: str, look: Callable[..., tuple[str | None, str]]) -> None:

@@ -1,0 +1,56 @@
+"""A study that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from magicid import recipe
+from magicid.laboratory.measuring import Measuring, measuring
+from magicid.laboratory.methods import Plan, Variant
+from magicid.laboratory.study import Study
+from magicid.recipe import Recipe
+
+PLAN = Plan(
+    group="dev", people=2, prompts=2, train_seeds=(5,), sft_steps=(1, 3), frames_steps=(3,), tokens_steps=(2,),
+    variants=(Variant("hpo"), Variant("paper", overrides={"selection.still_pairs": 0}, named=False)),
+    hpo_steps=(1, 2), lengths=(5,),
+)  # fmt: skip
+SMALLEST = {
+    "repository.trained_clips": 4, "repository.base_clips": 4, "sampling.steps": 2, "sft.steps": 2,
+    "selection.still_pairs": 2,
+}  # fmt: skip
+
+
+def run(settings: Recipe, pool: Measuring, out: Path) -> tuple[dict[str, object], list[str]]:
+    """One start of the study: its rows by clip and method, and what it said."""
+    said: list[str] = []
+    rows = Study(PLAN, settings, pool, out, "cpu", said.append).run()
+    return {f"{row.method} {row.step} {row.clip_id}": row for row in rows}, said
+
+
+@pytest.mark.timeout(600)
+def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
+    settings = recipe.load("face-world", SMALLEST)
+    with measuring(settings, 1) as pool:
+        rows, said = run(settings, pool, tmp_path)
+        each = PLAN.people * PLAN.prompts
+        long = PLAN.people  # a quarter of the prompts, at least one, once more in 5 frames
+        expected = dict.fromkeys(("base 0", "renderer 0", "sft 1", "sft 2", "magicme 2", "hpo 3", "paper 3"), each)
+        expected |= dict.fromkeys(("sft 3", "dreambooth 3", "hpo 4"), each + long) | {"paper 4": each}
+        assert Counter(key.rsplit(" ", 1)[0] for key in rows) == expected
+
+        assert [line.split()[0] for line in said if "loss" in line] == ["sft"] * 5 + ["hpo"] * 4
+
+        files = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+        again, said = run(settings, pool, tmp_path)
+        assert again == rows
+        assert said == [], "all is there: nothing is trained"
+        assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == files
+
+        (tmp_path / "paper-0004-seed5.parquet").unlink()
+        again, said = run(settings, pool, tmp_path)
+        assert [line.split()[0] for line in said if "loss" in line] == ["hpo"] * 2, "only this one is trained again"
+        assert again == rows
