@@ -48,6 +48,7 @@ class SlotWorker:
         self.engine = create_engine(
             self.backbone.transformer, self.backbone.lora_target_modules(), recipe.lora, recipe.trainer, kind=engine
         )
+        self._tokens: LoraState = {}  # extended tokens as they are, where these are trained
         watchdog.limit_memory(recipe.fleet.memory_limit_gib)
 
     def train(self, task: Task, progress: OnProgress) -> dict[str, Any]:
@@ -98,7 +99,7 @@ class SlotWorker:
             self.engine.reset(None, None, learning_rate=0.0, weight_decay=0.0, max_grad_norm=1.0, seed=0)  # no effect
             return train_tokens(
                 self.backbone, clips, text, recipe.sft, recipe.trainer, device=self.engine.device, on_log=watch.log,
-                on_step=watch.step,
+                on_step=watch.step, on_tokens=lambda step, tokens: self._tokens.update({TOKENS: tokens.float().cpu()}),
             )  # fmt: skip
         return train_sft(
             self.engine, self.backbone, clips, text, recipe.sft, recipe.trainer, checkpoints,
@@ -142,12 +143,14 @@ class SlotWorker:
 
     def _keeper(self, task: Task, recipe: Recipe, steps: int) -> Callable[[int], None]:
         """Keeps the adapter every `evaluation.every` steps, for curves; the last step has a file of its own."""
-        every = 0 if recipe.sft.tokens else recipe.evaluation.every
+        every, state_now = recipe.evaluation.every, self.engine.lora_state
+        if recipe.sft.tokens:
+            state_now = self._tokens.copy
         identity_id, stage = task.payload["identity_id"], task.payload["stage"]
 
         def keep(step: int) -> None:
             if every and step % every == 0 and step < steps:
-                state = self.engine.lora_state()
+                state = state_now()
                 if self.engine.rank == 0:
                     uri = training_uri(identity_id, stage, f"steps/step-{step:06d}.safetensors")
                     storage.write_bytes(self.run.path(uri), self._published(state))

@@ -14,6 +14,7 @@ import uuid
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 import ray.train.collective
 from fsspec.implementations.local import LocalFileSystem
@@ -77,9 +78,12 @@ class Slots:
         try:
             _trainer(self.recipe, self.run, self._work_name, slot).fit()
         except Exception as error:  # the slot is gone; its identity goes back to the queue
-            self._last_error = _reason(error)
-            self._broken = 0 if ray.get(self._work.has_trained.remote(slot)) else self._broken + 1
-            self._problem = self._last_error
+            try:
+                trained = ray.get(self._work.has_trained.remote(slot))
+            except ray.exceptions.RayActorError:
+                return  # the queues are gone, and this start with them
+            self._problem = self._last_error = _reason(error)
+            self._broken = 0 if trained else self._broken + 1
             self._work.call.remote(TRAINING, "release", slot, self._last_error, counted=not self._machine_lost(slot))
         else:
             self._broken = 0

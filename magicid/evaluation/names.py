@@ -14,6 +14,7 @@ METHODS = {
     "paper": "HPO, the paper's letter",
     "own_prompt": "HPO, static winners under their caption",
     "hpo": "HPO",
+    "two_rounds": "HPO in two rounds",
     "beyond": "HPO, others' clips and motion first",
     "renderer": "the renderer (truth)",
 }

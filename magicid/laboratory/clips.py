@@ -119,6 +119,7 @@ class Bank:
     def add(self, ids: Sequence[str], latents: Tensor) -> None:
         """Keep latents under their clips' ids."""
         for name in ids:
+            assert name not in self._rows, f"{name} is there already"
             self._rows[name] = len(self._rows)
         self._latents.append(latents)
 

@@ -25,6 +25,7 @@ class Variant:
         overrides: dotted recipe keys of the sections sft, hpo and selection that differ from the recipe.
         readings: how pairs are made where it is not the paper's letter; see `pairs.py`.
         named: whether results name what differs; not where `method` alone says it.
+        twice: repository and selection again after half of the steps, from the adapter as it is then.
     """
 
     method: str
@@ -32,6 +33,7 @@ class Variant:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     readings: frozenset[str] = frozenset()
     named: bool = True
+    twice: bool = False
 
     @property
     def setting(self) -> str:
@@ -128,6 +130,7 @@ METHODS = (
     Variant("p_dy", ONLY_DYNAMIC, LETTER, named=False),
     Variant("rewards_id", overrides={**LETTER, "selection.rewards": "id"}, named=False),
     Variant("rewards_id_dy", overrides={**LETTER, "selection.rewards": "id+dy"}, named=False),
+    Variant("two_rounds", twice=True),
 )
 
 TEST = Plan(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +11,16 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from numpy.typing import NDArray
 
 from magicid import schema, weights
 from magicid.backbones import load_backbone
-from magicid.evaluation import results
-from magicid.evaluation.metrics import Sample
 from magicid.laboratory.clips import Bank, Sampler, TextBank, still_copy, wanted
 from magicid.laboratory.measuring import Measuring
 from magicid.laboratory.methods import TOKENS_COUNT, TOKENS_RATE, Plan, Variant
 from magicid.laboratory.pairs import make_pairs
 from magicid.laboratory.people import SEED, Person, people
 from magicid.laboratory.population import Stack, StackedLora, take
+from magicid.laboratory.rows import Asked, Rows
 from magicid.laboratory.training import Preference, train_hpo, train_sft
 from magicid.prompts import for_class, load_prompts
 from magicid.recipe import Recipe
@@ -69,7 +66,7 @@ class Study:
     def __init__(
         self, plan: Plan, recipe: Recipe, measuring: Measuring, out: Path, device: str = "cpu", say: Say = print
     ) -> None:
-        self.plan, self.recipe, self.measuring, self.out, self._say = plan, recipe, measuring, out, say
+        self.plan, self.recipe, self.measuring, self._say = plan, recipe, measuring, say
         self.device = torch.device(device)
         torch.set_float32_matmul_precision("high")  # TF32 on a GPU; nothing changes on a CPU
         backbone: Any = load_backbone(recipe, parts=("transformer", "vae", "text"), device=device)
@@ -98,15 +95,17 @@ class Study:
         self.references = {person.name: both for person, both in zip(self.people, found)}
         rates = plan.sft_rates or (recipe.sft.learning_rate,)
         self.owners = [Owner(p, seed, rate) for rate in rates for p in self.people for seed in plan.train_seeds]
-        self._suffix = "seed" + "-".join(map(str, plan.train_seeds))
         self._base_clips: list[ScoredClip] | None = None
-        self._pending: list[tuple[Path, list[MetricRow], list[Any]]] = []
+        self.rows = Rows(
+            out, measuring, {name: metric for name, (_, metric) in self.references.items()}, fps=recipe.sampling.fps,
+            base_sha256=backbone.base_sha256, suffix="seed" + "-".join(map(str, plan.train_seeds)),
+        )  # fmt: skip
 
     # ---- the whole --------------------------------------------------------------------------------------------
 
     def run(self) -> list[MetricRow]:
         """What is missing of the plan; returns all its rows."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.rows.folder.mkdir(parents=True, exist_ok=True)
         self._base()
         static = [self.sampler.static(owner.person.photos) for owner in self.owners]
         trained = self._sft("sft", static, self.plan.sft_steps, self._starts(self.plan.variants))
@@ -116,27 +115,22 @@ class Study:
             self._sft("magicme", static, self.plan.tokens_steps)
         missing = [variant for variant in self.plan.variants if not self._is_measured(variant)]
         repositories = {start: self._repository(start, trained[start], static) for start in self._starts(missing)}
+        once = [variant for variant in missing if not variant.twice]
         # A GPU has room for all; on a CPU nothing is gained by it, and a variant that is finished stays.
-        for variants in [missing] if self.device.type == "cuda" else [[variant] for variant in missing]:
-            self._preferences(variants, trained, repositories)
-        return self.finish()
-
-    def finish(self) -> list[MetricRow]:
-        """Wait for what is being measured; all rows so far."""
-        self._collect(wait=True)
-        return results.read([str(self.out)])
+        for variants in [once] if self.device.type == "cuda" else [[variant] for variant in once]:
+            self._preferences(variants, trained, repositories, self.plan.hpo_steps)
+        for variant in missing:
+            if variant.twice:
+                self._two_rounds(variant, trained, repositories, static)
+        return self.rows.read()
 
     def _starts(self, variants: Sequence[Variant]) -> list[int]:
         return sorted({self._settings(variant).sft.steps for variant in variants})
 
     def _is_measured(self, variant: Variant) -> bool:
         start = self._settings(variant).sft.steps
-        steps = (start + after for after in self.plan.hpo_steps)
-        return all(self._file(variant.method, variant.setting, step).exists() for step in steps)
-
-    def _file(self, method: str, setting: str, step: int, key: str = "") -> Path:
-        parts = (method, setting.replace(", ", "+").replace("=", "-"), f"{step:04d}", key or self._suffix)
-        return self.out / f"{'-'.join(part for part in parts if part)}.parquet"
+        steps = [start + max(self.plan.hpo_steps)] if variant.twice else [start + n for n in self.plan.hpo_steps]
+        return all(self.rows.file(variant.method, variant.setting, step).exists() for step in steps)
 
     def _settings(self, variant: Variant) -> Recipe:
         return self.recipe.with_overrides(dict(variant.overrides))
@@ -147,19 +141,17 @@ class Study:
         """Held-out clips of the base model, and the renderer's own of the same people and prompts: the truth."""
         frames = self.sampler.decode(self.sampler.sample(None, self.prompts, self.seeds))
         for person in self.people:
-            self._measure("base", "", 0, [(person, 0, self.prompts[i], self.seeds[i], f) for i, f in enumerate(frames)],
-                          key=person.name)  # fmt: skip
+            clips = [Asked(person, 0, self.prompts[i], self.seeds[i], f) for i, f in enumerate(frames)]
+            self.rows.measure("base", "", 0, clips, person.name)
         asked = [language.parse(prompt) for prompt in self.prompts]
         known = [(i, a, p) for i, (a, p) in enumerate(asked) if a is not None and p is not None]
         group = {"dev": 0, "test": 1}[self.plan.group]
         looks = sample_people(self.plan.people, SEED + group)
         for person, look in zip(self.people, looks):
             rows, actions, places = zip(*known)
-            clips = render_clips(np.repeat(look[None], len(rows), 0), actions, places, [self.seeds[i] for i in rows])
-            self._measure(
-                "renderer", "", 0,
-                [(person, 0, self.prompts[i], self.seeds[i], f) for i, f in zip(rows, clips.frames)], key=person.name,
-            )  # fmt: skip
+            made = render_clips(np.repeat(look[None], len(rows), 0), actions, places, [self.seeds[i] for i in rows])
+            clips = [Asked(person, 0, self.prompts[i], self.seeds[i], f) for i, f in zip(rows, made.frames)]
+            self.rows.measure("renderer", "", 0, clips, person.name)
 
     def _sft(
         self, method: str, static: Sequence[torch.Tensor], at: Sequence[int], starts: Sequence[int] = ()
@@ -168,10 +160,9 @@ class Study:
         at = sorted({*at, *starts})
         rates = list(dict.fromkeys(owner.rate for owner in self.owners))
         settings = {rate: f"sft.learning_rate={rate:g}" if self.plan.sft_rates else "" for rate in rates}
-        kept = self.out / f"{method}-{self._suffix}.safetensors"
-        if kept.exists() and all(
-            self._file(method, setting, step).exists() for setting in settings.values() for step in at
-        ):
+        kept = self.rows.folder / f"{method}-{self.rows.suffix}.safetensors"
+        files = [self.rows.file(method, setting, step) for setting in settings.values() for step in at]
+        if all(file.exists() for file in [kept, *files]):
             flat = safetensors.torch.load_file(kept, device=str(self.device))
             return {s: {key[5:]: flat[key] for key in flat if key.startswith(f"{s:04d}/")} for s in starts}
         caption = for_class(self.recipe.sft.prompt, CLASS_WORD)
@@ -223,9 +214,22 @@ class Study:
         return found
 
     def _preferences(
-        self, variants: Sequence[Variant], trained: Mapping[int, Stack], repositories: Mapping[int, list[Repository]]
-    ) -> None:
-        """Train variants of all adapters in one batch."""
+        self,
+        variants: Sequence[Variant],
+        trained: Mapping[int, Stack],
+        repositories: Mapping[int, list[Repository]],
+        at: Sequence[int],
+        before: int = 0,
+    ) -> Stack | None:
+        """Train variants of all adapters in one batch and measure them.
+
+        Args:
+            trained, repositories: after so many SFT steps, adapter by adapter.
+            at: preference steps to measure after, beyond `before`, which are behind `trained` already.
+
+        Returns:
+            All adapters of all variants after the last step; None if somebody has no pairs.
+        """
         trainings: list[tuple[Variant, int, int]] = []  # variant, start, adapter
         preferences: list[Preference] = []
         for variant in variants:
@@ -249,13 +253,13 @@ class Study:
                 trainings.append((variant, start, k))
                 preferences.append(Preference(pairs, settings.hpo))
         if not preferences:
-            return
+            return None
         rows = [take(trained[start], [k]) for _, start, k in trainings]
         reference = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         self._say(f"preference training of {len(preferences)} adapters")
         made = train_hpo(
             self.sampler, reference, preferences, self.bank, self.recipe.sampling.guidance_scale,
-            self.recipe.trainer.shift, self.plan.hpo_steps, self._tick,
+            self.recipe.trainer.shift, at, self._tick,
         )  # fmt: skip
         for steps, population in made.items():
             for variant in variants:
@@ -263,8 +267,23 @@ class Study:
                 if members:
                     start = self._settings(variant).sft.steps
                     own = take(population, [i for i, _ in members])
-                    self._held_out(variant.method, variant.setting, start + steps, own, [k for _, k in members],
-                                   long=steps == max(self.plan.hpo_steps))  # fmt: skip
+                    adapters = [k for _, k in members]
+                    self._held_out(variant.method, variant.setting, start + before + steps, own, adapters)
+        return made[max(at)] if len(preferences) == len(variants) * len(self.owners) else None
+
+    def _two_rounds(
+        self,
+        variant: Variant,
+        trained: Mapping[int, Stack],
+        repositories: Mapping[int, list[Repository]],
+        static: Sequence[torch.Tensor],
+    ) -> None:
+        """Half of the steps; then clips, rewards and pairs of what they made, from which the other half goes on."""
+        start, steps = self._settings(variant).sft.steps, max(self.plan.hpo_steps)
+        first = self._preferences([variant], trained, repositories, [steps // 2])
+        if first is not None:
+            second = self._repository(start + steps // 2, first, static)
+            self._preferences([variant], {start: first}, {start: second}, [steps - steps // 2], steps // 2)
 
     # ---- clips ------------------------------------------------------------------------------------------------
 
@@ -285,61 +304,30 @@ class Study:
         step: int,
         population: Stack,
         members: Sequence[int] | None = None,
-        *,
-        long: bool = False,
     ) -> None:
         """Sample the held-out prompts from adapters and begin to measure them; longer clips from the first ones."""
         owners = [self.owners[k] for k in (members if members is not None else range(len(self.owners)))]
         lengths: list[int | None] = [None]
-        last = method in ("sft", "dreambooth") and step == max((*self.plan.sft_steps, *self.plan.frames_steps))
-        if not setting and ((method == "hpo" and long) or last):
+        if not setting and step == self._longest(method):
             lengths += self.plan.lengths
         for frames in lengths:
-            key = f"{frames}frames-{self._suffix}" if frames else self._suffix
-            if self._file(method, setting, step, key).exists():
+            key = f"{frames}frames-{self.rows.suffix}" if frames else self.rows.suffix
+            if self.rows.file(method, setting, step, key).exists():
                 continue
             prompts = self.prompts if frames is None else self.prompts[: max(1, len(self.prompts) // 4)]
             seeds = self.seeds[: len(prompts)]
             clips = self.sampler.decode(self.sampler.sample(population, prompts, seeds, frames=frames))
-            asked = [(o.person, o.seed, prompts[i], seeds[i]) for o in owners for i in range(len(prompts))]
-            self._measure(method, setting, step, [(*a, f) for a, f in zip(asked, clips)], key)
-        self._collect()
+            whose = [(o, i) for o in owners for i in range(len(prompts))]
+            asked = [Asked(o.person, o.seed, prompts[i], seeds[i], f) for (o, i), f in zip(whose, clips)]
+            self.rows.measure(method, setting, step, asked, key)
+        self.rows.collect()
 
-    def _measure(
-        self,
-        method: str,
-        setting: str,
-        step: int,
-        clips: Sequence[tuple[Person, int, str, int, NDArray[np.uint8]]],
-        key: str,
-    ) -> None:
-        file = self._file(method, setting, step, key)
-        if file.exists():
-            return
-        samples, rows = [], []
-        for person, train_seed, prompt, seed, frames in clips:
-            samples.append(Sample(frames, self.recipe.sampling.fps, prompt, self.references[person.name][1]))
-            rows.append(
-                MetricRow(
-                    clip_id="/".join(map(str, (method, setting, step, person.name, train_seed, seed, len(frames)))),
-                    identity_id=person.name, method=method, prompt=prompt, seed=seed, face_sim=None,
-                    face_detect_rate=None, dynamic_magnitude=None, prompt_score=None, fps=0, frames=0, height=0,
-                    width=0, video_uri=None, train_seed=train_seed, step=step, setting=setting,
-                    base_sha256=self.sampler.backbone.base_sha256,
-                )
-            )  # fmt: skip
-        self._pending.append((file, rows, self.measuring.metrics(samples)))
-
-    def _collect(self, wait: bool = False) -> None:
-        """Write the rows of what is measured."""
-        left = []
-        for file, rows, futures in self._pending:
-            if not wait and not all(future.done() for future in futures):
-                left.append((file, rows, futures))
-                continue
-            columns = [one for future in futures for one in future.result()]
-            results.write(str(file), [dataclasses.replace(row, **values) for row, values in zip(rows, columns)])
-        self._pending = left
+    def _longest(self, method: str) -> int | None:
+        """The step at which a method's clips are sampled in other lengths too."""
+        ends = {"sft": self.plan.sft_steps, "dreambooth": self.plan.frames_steps}
+        if method in ends:
+            return max(ends[method], default=None)
+        return self.recipe.sft.steps + max(self.plan.hpo_steps, default=0) if method == "hpo" else None
 
     def _tick(self, stage: str, step: int, loss: float) -> None:
         self._say(f"{stage} {step}: loss {loss:.4f}")

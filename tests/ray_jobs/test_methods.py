@@ -53,6 +53,9 @@ def test_the_curve_has_the_adapters_on_the_way(run: Run) -> None:
     assert len({row.adapter_sha256 for row in rows}) == 2
     together = results.read([run.location])
     assert {row.step for row in together if row.method == "sft" and row.identity_id == "ada"} == {2, 4, 6}
+    tokens = run.read_parts("curve/bruno", MetricRow)
+    assert {(row.method, row.step) for row in tokens} == {("sft", 2), ("sft", 4)}
+    assert len({row.adapter_sha256 for row in tokens}) == 2, "extended tokens are kept as they were at each step"
 
 
 def test_extended_tokens_are_measured_and_not_published(run: Run) -> None:
