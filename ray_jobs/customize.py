@@ -4,9 +4,9 @@
 
     photos ─ base + photo clips ─ SFT ─ trained clips ─ pairs ─ HPO ─ evaluation ─ publish      (each identity)
 
-`customize_person` is the way of one identity; `fleet.py` runs many of them at once on shared workers. Every step writes
-under the run directory and is skipped when its result is there, so the same command resumes. A bad photo, clip or
-identity is reported and set aside; the exit code is not 0 only when nothing could be done.
+`customize_person` is the way of one identity; `driver.py` runs many of them at once on shared workers. Every step
+writes under the run directory and is skipped when its result is there, so the same command resumes. A bad photo, clip
+or identity is reported and set aside; the exit code is not 0 only when nothing could be done.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from magicid.schema import CURVE_CLIP, EVALUATION_CLIP, STATIC_CLIP, Identity, M
 from magicid.training import loggers
 from magicid.weights import model_folders, resolve
 from ray_jobs import pools, services, tasks
+from ray_jobs.driver import Driver
 from ray_jobs.fleet import Fleet
 from ray_jobs.job import cause, connect, run_location, submission
 from ray_jobs.progress import Display
@@ -201,13 +202,13 @@ def customize(settings: Recipe, identities_location: str, out: str, console: Con
 async def _drive(settings: Recipe, run: Run, manifest: str, display: Display, lease: Lease) -> int:
     this = asyncio.current_task()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: this and this.cancel())  # `ray job stop`
-    fleet = Fleet(settings, run, base_sha256(settings), display, lease, customize_person)
+    fleet = Fleet(settings, run, base_sha256(settings), display, lease)
     try:
         if not run.has("prompts.parquet"):
             run.write("prompts.parquet", prompts.load_prompts(settings.prompts), Prompt)
         fleet.prompts = run.read("prompts.parquet", Prompt)
         fleet.connect(services.on_ray(settings, run, fleet.name))
-        await fleet.drive(manifest)
+        await Driver(fleet, customize_person).run(manifest)
     finally:
         fleet.ledger.close()
     report = write_report(fleet)

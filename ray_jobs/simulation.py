@@ -1,7 +1,7 @@
 """The fleet without models: the job's own code on a clock that jumps, over GPUs that exist as numbers.
 
-Real, the very code that a cluster runs: `customize_person`, `Fleet` with its admission, both fair queues behind their
-one address, `Pipeline`, the ledger and its files, the lease, the manifest, commands and deletions.
+Real, the very code that a cluster runs: `customize_person`, the driver with its admission, both fair queues behind
+their one address, `Pipeline`, the ledger and its files, the lease, the manifest, commands and deletions.
 
 Simulated: whatever a Ray worker computes. A generator, a reward, the check of photos, a training step, the selection
 and the publication are sleeps of a given length; a slot leaves a small file where it would leave an adapter. Ray is not
@@ -40,6 +40,7 @@ from magicid.run import Run, clip_uri, training_uri
 from magicid.schema import STATIC_CLIP, STILL_CLIP, VALIDATION_CLIP, Clip, Identity, Made, ScoredClip, from_row, to_row
 from ray_jobs import keeping, tasks
 from ray_jobs.customize import customize_person
+from ray_jobs.driver import Driver
 from ray_jobs.fleet import Fleet
 from ray_jobs.pipeline import Pipeline
 from ray_jobs.progress import Display
@@ -453,7 +454,7 @@ async def _simulate(
     loop, run, cluster = asyncio.get_running_loop(), Run(out), Cluster(recipe, durations, seed)
     lease = Lease.take(run, recipe.fleet.lease_s)
     ledger = Ledger(run, lease.fence, every_s=0, may_write=lease.check)
-    fleet = Fleet(recipe, run, "0" * 64, Display(Console(quiet=True)), lease, customize_person, ledger)
+    fleet = Fleet(recipe, run, "0" * 64, Display(Console(quiet=True)), lease, ledger)
     fleet.prompts = load_prompts(recipe.prompts)
     work = Here(Work(queues(recipe, loop.time)), cluster)
     pools, slots, far = (
@@ -478,7 +479,7 @@ async def _simulate(
         beside.append(asyncio.create_task(_always(meanwhile(fleet, run))))
     began = time.process_time()
     try:
-        await asyncio.wait_for(fleet.drive(manifest), lasts_s)
+        await asyncio.wait_for(Driver(fleet, customize_person).run(manifest), lasts_s)
     except TimeoutError:
         pools.stop()
         slots.join()

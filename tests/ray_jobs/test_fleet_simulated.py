@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from magicid import commands, erasure, ledger, recipe, status, storage
+from magicid import commands, erasure, ledger, manifests, recipe, status, storage
 from magicid.errors import MagicIDError
 from magicid.recipe import Recipe
 from magicid.run import Run, identity_uri
@@ -293,13 +293,15 @@ def test_a_deadline_is_met_by_overtaking(tmp_path: Path) -> None:
 def test_short_stages_that_the_others_wait_for_go_first(tmp_path: Path) -> None:
     """Or a person who comes late waits with a few photos behind hours of clips, and the slots behind the photos."""
     due: dict[tuple[str, str], float] = {}
+    people = [person("early"), person("late")]
+    rows, _ = manifests.read_manifest(manifest(tmp_path, people))
 
     async def look(fleet: Fleet, where: Run) -> None:
         while len(fleet.ledger.records) < 2:
             await asyncio.sleep(0)
-        for row in list(fleet._rows.values()):
+        for row in rows:
             due.update({(row.id, stage): fleet.due(row, stage) for stage in ledger.STAGES})
 
-    run(tmp_path, [person("early"), person("late")], meanwhile=look)
+    run(tmp_path, people, meanwhile=look)
     for short, long in (("photo clips", "trained clips"), ("sft", "hpo"), ("still clips", "evaluation")):
         assert due["early", short] < due["late", short] < due["early", long] < due["late", long]
