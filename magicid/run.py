@@ -2,7 +2,7 @@
 
 recipe.toml  run.json                       the resolved recipe and what made the run
 prompts.parquet
-identities/<id>/                            identity.parquet (one row) photo-N.png
+identities/<id>/                            identity.parquet (one row) photo-N.png; ahead.json before its turn
 clips/<c2>/<clip_id>.mp4 .safetensors       content-addressed clips and their latents
 text/<hash>.safetensors                     text embeddings, one file per prompt
 scored/<id>/part-*.parquet                  clips with their rewards; <id> is _shared for V_s
@@ -128,6 +128,11 @@ class Run:
 def identity_uri(identity_id: str) -> str:
     """Where a checked identity lies, one row, relative to the run."""
     return f"identities/{identity_id}/identity.parquet"
+
+
+def ahead_uri(identity_id: str) -> str:
+    """Where lies what was found of an identity that has not been begun, relative to the run."""
+    return f"identities/{identity_id}/ahead.json"
 
 
 def rows_folder(clip: Clip) -> str:

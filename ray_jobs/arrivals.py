@@ -28,6 +28,7 @@ class Arrivals:
     """The people of one run, as the manifest and those who watch it have them.
 
     Args:
+        fleet: connected to its services.
         under_way: the coroutines of those who were admitted, by identity.
 
     Attributes:
@@ -44,12 +45,18 @@ class Arrivals:
         self._fingerprint = ""
         self._steps_of: dict[tuple[tuple[str, str], ...], float] = {}  # overrides that change them -> training steps
         self._erased: set[str] = set()
+        fleet.intake.following = self.following
 
     def next(self) -> ManifestRow | None:
         """Admit the next one; None: nobody may begin now."""
         self.admission.ended()  # the ledger has it
         task = self.admission.take(uuid.uuid4().hex)
         return self.rows[task.task_id] if task else None
+
+    def following(self, number: int) -> list[ManifestRow]:
+        """Who is likely to be admitted next, at most so many."""
+        waiting = [self.rows[task.task_id] for task in self.admission.upcoming(number)]
+        return [row for row in waiting if self.ledger.records[row.id].state == ledger.WAITING]
 
     async def look(self, manifest: str, first: bool = False) -> None:
         """Take up new rows of the manifest, and what people asked for.

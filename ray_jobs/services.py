@@ -25,9 +25,14 @@ from ray_jobs.tasks import RayTasks, Tasks
 
 
 class Intake(Protocol):
-    """Checks photos; `intake.Intake` is one."""
+    """Checks photos; `intake.Intake` is one.
+
+    Attributes:
+        following: those who are likely to be asked for next, at most so many, who may be checked ahead.
+    """
 
     problem: MagicIDError | None
+    following: Callable[[int], list[ManifestRow]]
 
     async def check(self, row: ManifestRow) -> Identity:
         """One identity, checked now or earlier."""

@@ -338,6 +338,7 @@ class SimulatedIntake:
 
     def __init__(self, cluster: Cluster, photos: int = PHOTOS) -> None:
         self.cluster, self.photos = cluster, photos
+        self.following: Callable[[int], list[ManifestRow]] = lambda number: []  # nobody needs to be checked ahead
 
     async def check(self, row: ManifestRow) -> Identity:
         """The identity, a little later."""

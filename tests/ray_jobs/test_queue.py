@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
 
@@ -64,6 +65,20 @@ def test_service_is_fair_in_every_window_whatever_the_loads() -> None:
         part = served[first : first + window]
         shares = [sum(costs[t.task_id] for t in part if t.owner == o) / w for o, w in (("a", 1), ("b", 1), ("c", 2))]
         assert jain(shares) >= 0.95, (first, shares)
+
+
+def test_what_comes_up_is_what_is_taken_next() -> None:
+    tasks = [
+        task(f"{o}{n}", o, cost=1 + n % 3, due=-n % 4)
+        for o, load in (("a", 9), ("b", 4), ("c", 7))
+        for n in range(load)
+    ]
+    made = queue(*tasks, weights={"b": 2.0})
+    for number in (3, len(tasks)):
+        made.take(f"slot-{number}")
+        upcoming = [each.task_id for each in made.upcoming(number)]
+        assert upcoming == drain(copy.deepcopy(made))[: len(upcoming)]
+    assert made.upcoming(2) == made.upcoming(9)[:2]
 
 
 def test_who_comes_back_after_a_pause_is_neither_ahead_nor_behind() -> None:
