@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from typing import Any
 
 import pyarrow as pa
@@ -82,18 +83,19 @@ class Passes:
                         )
                         return
                     time.sleep(PAUSE_S * broken)
-                ray.get(self._work.call.remote(CLIPS, "release_all", "the pass over its pools broke"))
 
     def _pass(self, pipeline: Pipeline) -> None:
         """One execution over the pools, until its tickets are used up or nothing is wanted any more."""
         batch: pa.Table
-        for batch in self._dataset().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        name = uuid.uuid4().hex[:8]
+        ray.get(self._work.begin_pass.remote(name))
+        for batch in self._dataset(name).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             rows = [schema.from_row(Made, row) for row in batch.to_pylist()]
             pipeline.received(rows)
             if any(row.kind == LAST_KIND for row in rows) and not pipeline.open_blocks:
                 return
 
-    def _dataset(self) -> ray.data.Dataset:
+    def _dataset(self, name: str) -> ray.data.Dataset:
         pools.configure()
         resources = self.recipe.resources
         each = [
@@ -106,7 +108,7 @@ class Passes:
             each.append((stages.MeasureClips, resources.identity))
         arguments = {"recipe": self.recipe.model_dump(mode="json"), "run": self.run.location, "job": self.job}
         dataset: ray.data.Dataset = ray.data.from_items(list(range(TICKETS)), override_num_blocks=TICKETS)
-        dataset = pools.add_source(dataset, stages.TakeBlocks, {"work": self._work_name})
+        dataset = pools.add_source(dataset, stages.TakeBlocks, {"work": self._work_name, "of": name})
         for stage, pool in each:
             dataset = pools.add_stage(dataset, stage, pool, {**arguments, "last": stage is each[-1][0]})
         return dataset

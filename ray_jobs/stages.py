@@ -40,7 +40,7 @@ from magicid.schema import REWARDED, Clip, Made, MetricRow, ScoredClip
 from magicid.weights import resolve
 from ray_jobs import watchdog
 from ray_jobs.keeping import LAST_KIND, Finished, is_measured, keep
-from ray_jobs.work import CLIPS, END
+from ray_jobs.work import END
 
 POLL_S = 0.2  # how often an idle source asks for work
 LAST = Clip("last", LAST_KIND, None, "", "", "", 0)  # what an idle source sends: the pass may end
@@ -168,13 +168,13 @@ class TakeBlocks:
     A ticket that comes again, because a process or a machine was lost, gets the same clips.
     """
 
-    def __init__(self, work: str) -> None:
-        self.work = ray.get_actor(work)
+    def __init__(self, work: str, of: str) -> None:
+        self.work, self.of = ray.get_actor(work), of
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        holder = f"ticket-{batch.column('item')[0].as_py()}"
+        ticket = f"ticket-{batch.column('item')[0].as_py()}"
         task: Any = None
-        while (task := ray.get(self.work.take.remote(CLIPS, holder))) is None:
+        while (task := ray.get(self.work.take_block.remote(self.of, ticket))) is None:
             time.sleep(POLL_S)
         rows = schema.to_rows([LAST]) if task == END else task.payload["clips"]
         return pa.Table.from_pylist(rows, schema=schema.arrow_schema(Clip))

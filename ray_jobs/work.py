@@ -39,6 +39,7 @@ class Work:
         self._queues = queues
         self._sent_home: dict[str, bool] = dict.fromkeys(queues, False)
         self._slots: set[str] = set()
+        self._pass = ""
         self._news = asyncio.Event()
 
     def put(self, queue: str, tasks: list[Task]) -> None:
@@ -53,6 +54,15 @@ class Work:
         if task is not None and queue == TRAINING:
             self._slots.add(holder)
         return END if task is None and self._sent_home[queue] else task
+
+    def begin_pass(self, name: str) -> None:
+        """A new pass over the clip pools begins: what an earlier one holds waits again."""
+        self._pass = name
+        self._queues[CLIPS].release_all("the pass over its pools broke")
+
+    def take_block(self, of: str, ticket: str) -> Task | str | None:
+        """`take` of clips for a ticket of a pass. One that broke may go on asking for a while: it gets END."""
+        return self.take(CLIPS, f"{of}-{ticket}") if of == self._pass else END
 
     def has_trained(self, slot: str) -> bool:
         """Whether a training slot has ever taken a task."""
