@@ -6,8 +6,9 @@
 What is real and what is not: ray_jobs/simulation.py. For each size, in a process of its own: a manifest of so many rows
 is planned, then worked on for as long as 64 GPUs need for `--carried` identities, while the others wait. Printed: time,
 CPU and peak memory of planning; the driver's CPU for each identity, which is its part of planning and as much work as
-one identity is; the same of the queues' actor. `--whole N`: N identities to the last one, and the busy part of 64 GPUs.
-GPUs are split as the work is, for the durations assumed: 29 slots, 33 generators and 2 GPUs of scorers.
+one identity is; the same of the queues' actor. What the simulation's own loop takes for as many sleepers as there were
+pieces of work is measured apart and not counted. `--whole N`: N identities to the last one, and the busy part of 64
+GPUs. These are split as the work is, for the durations assumed: 29 slots, 33 generators and 2 GPUs of scorers.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from magicid import ledger, recipe
 from magicid.recipe import Recipe
 from magicid.run import Run
 from ray_jobs.fleet import Fleet
-from ray_jobs.simulation import PHOTOS, Durations, Outcome, simulate
+from ray_jobs.simulation import PHOTOS, Durations, Outcome, overhead, simulate
 
 GPUS = 64
 OWNERS = 3
@@ -83,13 +84,16 @@ def run(identities: int, carried: int, folder: str) -> dict[str, Any]:
     lasts_s = None if carried >= identities else carried * each / GPUS
     outcome = simulate(used, str(manifest), folder + "/run", rows=False, meanwhile=planned, lasts_s=lasts_s)
     worked, planning_s = outcome.busy(GPUS) * GPUS * outcome.seconds / each, found["plan_cpu_s"]
+    simulation_s = overhead(used, len(outcome.cluster.served))
+    working_s = outcome.cpu["driver"] - planning_s - simulation_s
     return {
         "identities": identities,
         "carried": worked,
         "ended": outcome.ledger.states[ledger.DONE],
         "start_mib": start_mib,
         **found,
-        "driver_ms": 1000 * (planning_s / identities + (outcome.cpu["driver"] - planning_s) / worked),
+        "driver_ms": 1000 * (planning_s / identities + working_s / worked),
+        "simulation_ms": 1000 * simulation_s / worked,
         "queues_ms": 1000 * outcome.cpu["queues"] / worked,
         "peak_mib": _peak_mib(),
         "hours": outcome.seconds / 3600,
@@ -162,8 +166,8 @@ def main() -> None:
         print(
             f"{identities:7d} identities: planned in {row['plan_s']:.1f} s ({row['plan_cpu_s']:.1f} s of CPU), peak "
             f"{row['plan_mib']:.0f} MiB ({row['plan_mib'] - row['start_mib']:.0f} above the start); each of "
-            f"{row['carried']:.0f} carried: driver {row['driver_ms']:.1f} ms, queues {row['queues_ms']:.1f} ms; "
-            f"load {os.getloadavg()[0]:.1f}",
+            f"{row['carried']:.0f} carried: driver {row['driver_ms']:.1f} ms (and the simulation itself "
+            f"{row['simulation_ms']:.1f}), queues {row['queues_ms']:.1f} ms; load {os.getloadavg()[0]:.1f}",
             flush=True,
         )
     if options.plot:

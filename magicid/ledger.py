@@ -33,7 +33,7 @@ STAGES = ("check", "photo clips", "sft", "trained clips", "still clips", "pairs"
 _NAME = re.compile(r"(snapshot|events)-(\d+)-(\d+)\.(?:parquet|jsonl)$")
 _MERGED = 40  # files of events that become one of the next level
 _MANY = 1000  # changes that are worth a snapshot, where they are most of the run
-_EVERY_S, _EVERY_S_PER_RECORD, _EVERY_S_AT_MOST = 2.0, 0.006, 60.0  # large runs are written less often
+_EVERY_S, _EVERY_S_PER_RECORD, _EVERY_S_AT_MOST = 2.0, 0.012, 120.0  # large runs are written less often
 _READS = 10
 
 
@@ -71,7 +71,7 @@ class Ledger:
 
     Args:
         fence: number of this driver.
-        every_s: seconds between two writes; None: 2 s for small runs, up to 60 s for large ones; 0: `flush` is called
+        every_s: seconds between two writes; None: 2 s for small runs, up to 120 s for large ones; 0: `flush` is called
             by somebody else.
         may_write: raises when the run was lost to another driver.
 
@@ -100,9 +100,8 @@ class Ledger:
         """Change a record; it is on storage within seconds. Unknown ids need `owner` among the changes."""
         with self._lock:
             known = self.records.get(identity_id)
-            record = replace(known or Record(identity_id, changes["owner"]), **changes)
-            if record != known:
-                self._keep(known, record)
+            if known is None or any(getattr(known, name) != value for name, value in changes.items()):
+                self._keep(known, replace(known or Record(identity_id, changes["owner"]), **changes))
 
     def add_seconds(self, identity_id: str, **seconds: float) -> None:
         """Count device-seconds of an identity, by what it kept busy."""

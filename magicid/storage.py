@@ -102,20 +102,33 @@ def _told(verb: str, location: str | Path, action: str) -> Iterator[None]:
 
 def _call(verb: str, location: str | Path, action: str, do: Callable[[], T]) -> T:
     """Do it, again after a pause where the error is one that passes. Raises StorageError."""
+    failed: list[Exception] = []
 
+    def again() -> T:
+        if failed:
+            raise failed.pop()
+        return do()
+
+    with _told(verb, location, action):
+        try:
+            return do()  # nearly every call goes well, and tenacity costs more than a look at a disk
+        except Exception as error:
+            failed.append(error)
+        return _retrying(verb, location)(again)
+
+
+def _retrying(verb: str, location: str | Path) -> tenacity.Retrying:
     def say(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         _log.info("%s %s, try %d: %s", verb, public_name(location), state.attempt_number, public_text(str(error)))
 
-    tries = tenacity.Retrying(
+    return tenacity.Retrying(
         retry=tenacity.retry_if_exception(storage_errors.transient),
         stop=tenacity.stop_after_attempt(_TRIES) | tenacity.stop_after_delay(_LONGEST_S),
         wait=tenacity.wait_exponential(multiplier=_PAUSE_S, max=8) + tenacity.wait_random(0, _PAUSE_S),
         before_sleep=say,
         reraise=True,
     )
-    with _told(verb, location, action):
-        return tries(do)
 
 
 def open_fs(location: str | Path) -> tuple[fsspec.AbstractFileSystem, str]:

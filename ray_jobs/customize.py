@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import ray
@@ -96,11 +96,12 @@ async def finish(
 
 async def base_clips(fleet: Fleet, class_word: str) -> list[Made]:
     """V_s with its motion and prompt rewards: made once per class word, for all identities."""
-    wanted = repository.base_clips(fleet.recipe, fleet.base_sha256, training(fleet), class_word)
-    return await fleet.once(
-        ("base clips", class_word),
-        lambda: fleet.score(None, f"base clips ({class_word})", wanted),
-    )
+
+    def make() -> Awaitable[list[Made]]:
+        wanted = repository.base_clips(fleet.recipe, fleet.base_sha256, training(fleet), class_word)
+        return fleet.score(None, f"base clips ({class_word})", wanted)
+
+    return await fleet.once(("base clips", class_word), make)
 
 
 def photo_examples(clips: Sequence[Made | ScoredClip], person: Identity) -> list[dict[str, Any]]:

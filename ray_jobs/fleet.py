@@ -34,7 +34,7 @@ T = TypeVar("T")
 # Short stages that the other kind of machine waits for. Behind the long ones of all who came before, slots would run
 # out of people to train while generators are hours behind, and the other way round.
 FIRST, FIRST_S = ("photo clips", "sft", "still clips"), 10 * 365 * 86400.0
-NOTED = 0.01  # progress of a stage is noted in such parts
+NOTED = 0.02  # progress of a stage is noted in such parts
 SHARED = "shared"  # owner of the clips that everybody waits for
 SHOWN_EACH = 8  # up to so many identities have progress bars of their own
 

@@ -493,6 +493,25 @@ async def _simulate(
     return Outcome(loop.time(), cluster, ledger, far.published, slots.trained, pools.made_twice)
 
 
+def overhead(recipe: Recipe, pieces: int, at_once: int = 100) -> float:
+    """Real CPU seconds that the simulation itself takes for so many pieces of work: its loop, its clock and the reading
+    of CPU time, on which nobody works. A job has none of it; `Outcome.cpu` counts it as the driver's."""
+
+    async def idle() -> float:
+        cluster = Cluster(recipe, Durations(), 0)
+
+        async def worker() -> None:
+            for _ in range(pieces // at_once):
+                await cluster.work("", "", 0.0, 1.0)
+
+        began = time.process_time()
+        await asyncio.gather(*(cluster.start(worker()) for _ in range(at_once)))
+        return time.process_time() - began - cluster.cpu["far"]
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(idle())
+
+
 async def _write_behind(ledger: Ledger) -> None:
     """What the ledger's thread does, on the simulated clock."""
     while True:
