@@ -6,7 +6,6 @@ decides its pixels, so the same request in another run, or after a crash, finds 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,11 +57,10 @@ def evaluation_clips(
 
     `step` is how many training steps are behind the adapter; one on its way makes clips of the kind CURVE_CLIP.
     """
-    clips = _sampled(
+    return _sampled(
         recipe, base_sha256, kind, method, prompts, class_word, recipe.evaluation.clips,
-        identity.identity_id if identity else None, adapter, recipe.evaluation.seed,
+        identity.identity_id if identity else None, adapter, recipe.evaluation.seed, step,
     )  # fmt: skip
-    return [dataclasses.replace(clip, step=step) for clip in clips]
 
 
 def static_clips(recipe: Recipe, base_sha256: str, identity: Identity) -> list[Clip]:
@@ -135,6 +133,7 @@ def _sampled(
     identity_id: str | None,
     adapter: AdapterRef | None,
     first_seed: int,
+    step: int = 0,
 ) -> list[Clip]:
     """`count` clips over the prompts in turn; the seed is the clip's number, so no (prompt, seed) comes twice."""
     settings = {**recipe.sampling.model_dump(mode="json"), **recipe.backbone.model_dump(mode="json", exclude={"path"})}
@@ -154,6 +153,7 @@ def _sampled(
                 seed=seed,
                 adapter_uri=adapter.uri if adapter else None,
                 adapter_sha256=adapter.sha256 if adapter else None,
+                step=step,
             )
         )
     return clips
