@@ -1,7 +1,7 @@
 """The driver's cost against the number of identities, and how busy it keeps 64 GPUs, on simulated workers.
 
     python benchmarks/bench_fleet.py [--identities 10 100 1000 10000 100000] [--carried 100] [--whole 1000]
-                                     [--plot docs/fleet-scale.svg]
+                                     [--times 1] [--plot docs/fleet-scale.svg]
 
 What is real and what is not: ray_jobs/simulation.py. For each size, in a process of its own: a manifest of so many rows
 is planned, then worked on for as long as 64 GPUs need for `--carried` identities, while the others wait. Printed: time,
@@ -9,6 +9,7 @@ CPU and peak memory of planning; the driver's CPU for each identity, which is it
 one identity is; the same of the queues' actor. What the simulation's own loop takes for as many sleepers as there were
 pieces of work is measured apart and not counted. `--whole N`: N identities to the last one, and the busy part of 64
 GPUs. These are split as the work is, for the durations assumed: 29 slots, 33 generators and 2 GPUs of scorers.
+`--times N`: N times as many GPUs.
 """
 
 from __future__ import annotations
@@ -36,18 +37,22 @@ GPUS = 64
 OWNERS = 3
 
 
-def settings() -> Recipe:
-    """HunyuanVideo at 480p with all 64 GPUs given out."""
+def settings(times: int) -> Recipe:
+    """HunyuanVideo at 480p with all 64 GPUs given out, or `times` as many."""
+
+    def pool(size: int, gpus: float) -> dict[str, float]:
+        return {"min_size": times * size, "max_size": times * size, "gpus": gpus}
+
     return recipe.load(
         "hunyuan-480p",
         {
             "identities.require_consent": False,
-            "resources.slots": 29,
-            "resources.generator": {"min_size": 33, "max_size": 33, "gpus": 1},
+            "resources.slots": times * 29,
+            "resources.generator": pool(33, 1),
             # as quick as 33 generators when all of them make clips to score, or all make clips to measure
-            "resources.identity": {"min_size": 7, "max_size": 7, "gpus": 0.1},
-            "resources.motion": {"min_size": 2, "max_size": 2, "gpus": 0.1},
-            "resources.semantics": {"min_size": 4, "max_size": 4, "gpus": 0.1},
+            "resources.identity": pool(7, 0.1),
+            "resources.motion": pool(2, 0.1),
+            "resources.semantics": pool(4, 0.1),
         },
     )
 
@@ -64,7 +69,7 @@ def work_of_one(settings: Recipe, took: Durations) -> float:
     return made + (own + PHOTOS) * rewards + measured + trained
 
 
-def run(identities: int, carried: int, folder: str) -> dict[str, Any]:
+def run(identities: int, carried: int, times: int, folder: str) -> dict[str, Any]:
     """One size: a row of the table."""
     manifest = Path(folder) / "people.jsonl"
     with manifest.open("w") as file:
@@ -80,10 +85,11 @@ def run(identities: int, carried: int, folder: str) -> dict[str, Any]:
             await asyncio.sleep(0)
         found.update(plan_s=time.monotonic() - began, plan_cpu_s=time.process_time() - began_cpu, plan_mib=_peak_mib())
 
-    used, each = settings(), work_of_one(settings(), Durations())
-    lasts_s = None if carried >= identities else carried * each / GPUS
+    used, gpus = settings(times), times * GPUS
+    each = work_of_one(used, Durations())
+    lasts_s = None if carried >= identities else carried * each / gpus
     outcome = simulate(used, str(manifest), folder + "/run", rows=False, meanwhile=planned, lasts_s=lasts_s)
-    worked, planning_s = outcome.busy(GPUS) * GPUS * outcome.seconds / each, found["plan_cpu_s"]
+    worked, planning_s = outcome.busy(gpus) * gpus * outcome.seconds / each, found["plan_cpu_s"]
     simulation_s = overhead(used, len(outcome.cluster.served))
     working_s = outcome.cpu["driver"] - planning_s - simulation_s
     return {
@@ -97,20 +103,20 @@ def run(identities: int, carried: int, folder: str) -> dict[str, Any]:
         "queues_ms": 1000 * outcome.cpu["queues"] / worked,
         "peak_mib": _peak_mib(),
         "hours": outcome.seconds / 3600,
-        **_busy(outcome),
+        **_busy(outcome, gpus),
     }
 
 
-def _busy(outcome: Outcome) -> dict[str, Any]:
+def _busy(outcome: Outcome, gpus: int) -> dict[str, Any]:
     """The busy part of all GPUs, over the run, by kind and by hour."""
     kinds: Counter[str] = Counter()
     for (_, kind), seconds in outcome.cluster.busy.items():
         kinds[kind] += round(seconds / outcome.seconds, 2)  # type: ignore[assignment]
     by_hour: Counter[int] = Counter()
     for end, _, work in outcome.cluster.served:
-        by_hour[int(end // 3600)] += work / 3600 / GPUS  # type: ignore[assignment]
+        by_hour[int(end // 3600)] += work / 3600 / gpus  # type: ignore[assignment]
     return {
-        "busy": outcome.busy(GPUS),
+        "busy": outcome.busy(gpus),
         "gpus_by_kind": dict(kinds),
         "by_hour": [round(by_hour[hour], 3) for hour in range(max(by_hour, default=0) + 1)],
     }
@@ -120,9 +126,9 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def apart(identities: int, carried: int) -> dict[str, Any]:
+def apart(identities: int, carried: int, times: int) -> dict[str, Any]:
     """`run` in a process of its own, so that memory is its own."""
-    command = [sys.executable, __file__, "--one", str(identities), str(carried)]
+    command = [sys.executable, __file__, "--one", str(identities), str(carried), str(times)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -153,8 +159,9 @@ def main() -> None:
     parser.add_argument("--identities", type=int, nargs="*", default=[10, 100, 1000, 10_000, 100_000])
     parser.add_argument("--carried", type=int, default=100)
     parser.add_argument("--whole", type=int, default=1000)
+    parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--plot", default="")
-    parser.add_argument("--one", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one", type=int, nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +169,7 @@ def main() -> None:
         return
     rows = []
     for identities in options.identities:
-        rows.append(row := apart(identities, options.carried))
+        rows.append(row := apart(identities, options.carried, options.times))
         print(
             f"{identities:7d} identities: planned in {row['plan_s']:.1f} s ({row['plan_cpu_s']:.1f} s of CPU), peak "
             f"{row['plan_mib']:.0f} MiB ({row['plan_mib'] - row['start_mib']:.0f} above the start); each of "
@@ -173,8 +180,9 @@ def main() -> None:
     if options.plot:
         plot(rows, options.plot)
     if options.whole:
-        row = apart(options.whole, options.whole)
-        print(f"{row['ended']} identities to the end: {row['hours']:.1f} hours, {row['busy']:.1%} of {GPUS} GPUs busy")
+        gpus = options.times * GPUS
+        row = apart(options.whole, options.whole, options.times)
+        print(f"{row['ended']} identities to the end: {row['hours']:.1f} hours, {row['busy']:.1%} of {gpus} GPUs busy")
         print(f"  GPUs busy by kind: {row['gpus_by_kind']}")
         print(f"  busy by hour, the first and the last: {row['by_hour'][:3]} ... {row['by_hour'][-8:]}")
 
