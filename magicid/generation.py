@@ -20,11 +20,11 @@ from magicid import storage, storage_errors
 from magicid.attempts import Attempts
 from magicid.backbones import load_backbone
 from magicid.backbones.base import TextEmbeddings
-from magicid.clips import decode_mp4, encode_mp4, inflate_photo
+from magicid.clips import decode_mp4, encode_mp4, inflate_photo, pan_photo
 from magicid.errors import GenerationError, MagicIDError, StorageError
 from magicid.recipe import Recipe
 from magicid.run import Run, clip_uri, text_uri
-from magicid.schema import STATIC_CLIP, STILL_CLIP, VALIDATION_CLIP, Clip
+from magicid.schema import MOVING_CLIP, STATIC_CLIP, STILL_CLIP, VALIDATION_CLIP, Clip
 from magicid.training.tokens import TOKENS, with_tokens
 
 _log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class Generator:
 
     def _latents(self, clip: Clip) -> torch.Tensor:
         """Latents (1, C, F, H, W): sampled, encoded from a photo or a frame, or what a trainer left."""
-        if clip.kind == STATIC_CLIP:
+        if clip.kind in (STATIC_CLIP, MOVING_CLIP):
             return self._photo_latents(clip)
         if clip.kind == STILL_CLIP:
             frames, _ = decode_mp4(storage.read_bytes(self.run.path(clip_uri(str(clip.source_id), ".mp4"))))
@@ -133,7 +133,9 @@ class Generator:
         sampling = self.recipe.sampling
         data = storage.read_bytes(self.run.path(str(clip.photo_uri)))
         photo = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        return self.backbone.encode_video(inflate_photo(photo, sampling.frames, sampling.height, sampling.width)[None])
+        size = (sampling.frames, sampling.height, sampling.width)
+        frames = pan_photo(photo, *size, clip.seed) if clip.kind == MOVING_CLIP else inflate_photo(photo, *size)
+        return self.backbone.encode_video(frames[None])
 
     def _use_adapter(self, clip: Clip) -> None:
         if clip.adapter_sha256 == self._adapter:

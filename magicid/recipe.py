@@ -159,6 +159,9 @@ class Lora(Section):
     blocks: Literal["all", "double"] = Field(
         "all", description="double: only double-stream blocks (keeps motion better)"
     )
+    layers: Literal["attention", "all"] = Field(
+        "attention", description="all: the feed-forward layers too (learns a person better in a small model)"
+    )
 
 
 class Sft(Section):
@@ -170,6 +173,9 @@ class Sft(Section):
     batch_size: int = Field(1, ge=1, description="clips per step, over all workers")
     guidance_scale: float = Field(1.0, ge=1)
     prompt: str = Field("a {class_word}", description="caption of the inflated photos")
+    moving: int = Field(
+        0, ge=0, description="moving copies of each photo beside the still one, panned and turned; 0: the paper"
+    )
     frames: int = Field(0, ge=0, description="of the photo clips trained on; 1: single frames (DreamBooth); 0: all")
     tokens: int = Field(0, ge=0, description="above 0: so many extended tokens instead of a LoRA (MagicMe)")
     seed: int = 0

@@ -7,7 +7,7 @@ decides its pixels, so the same request in another run, or after a crash, finds 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from magicid import schema
 from magicid.prompts import for_class
@@ -82,6 +82,25 @@ def static_clips(recipe: Recipe, base_sha256: str, identity: Identity) -> list[C
             )
         )
     return clips
+
+
+def moving_clips(recipe: Recipe, base_sha256: str, identity: Identity) -> list[Clip]:
+    """V_mov: `sft.moving` copies of each photo that move as a whole, under the SFT caption. Beyond the paper."""
+    return [
+        replace(
+            clip,
+            clip_id=sha256_json(["moving", clip.clip_id, number])[:32],
+            kind=schema.MOVING_CLIP,
+            seed=moving_seed(place, number),
+        )
+        for place, clip in enumerate(static_clips(recipe, base_sha256, identity))
+        for number in range(recipe.sft.moving)
+    ]
+
+
+def moving_seed(photo: int, copy: int) -> int:
+    """Seed of the path that a copy of a photo takes."""
+    return 1000 * photo + copy
 
 
 def still_clips(clips: Sequence[Clip]) -> list[Clip]:

@@ -19,6 +19,7 @@ import pyarrow as pa
 BASE_CLIP = "V_s"  # from the untouched base model, shared by all identities
 TRAINED_CLIP = "V_t"  # from the identity's SFT adapter
 STATIC_CLIP = "V_id"  # a reference photo inflated to a clip
+MOVING_CLIP = "V_mov"  # a reference photo panned and turned; not in the paper, for SFT alone
 STILL_CLIP = "V_still"  # a V_t clip's first frame held still; not in the paper, without rewards
 EVALUATION_CLIP = "evaluation"  # a held-out prompt, for the table
 CURVE_CLIP = "curve"  # the same prompts by an adapter on its way, for curves

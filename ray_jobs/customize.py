@@ -31,7 +31,7 @@ from magicid.manifests import ManifestRow
 from magicid.recipe import Recipe
 from magicid.repository import AdapterRef
 from magicid.run import Run, training_uri
-from magicid.schema import CURVE_CLIP, EVALUATION_CLIP, STATIC_CLIP, Identity, Made, Prompt, ScoredClip
+from magicid.schema import CURVE_CLIP, EVALUATION_CLIP, MOVING_CLIP, STATIC_CLIP, Identity, Made, Prompt, ScoredClip
 from magicid.training import loggers
 from magicid.weights import model_folders, resolve
 from ray_jobs import pools, services, tasks
@@ -59,7 +59,8 @@ async def customize_person(fleet: Fleet, row: ManifestRow) -> str:
 
     base = await base_clips(fleet, person.class_word)  # V_s, shared by all of one class word
     still = repository.static_clips(settings, fleet.base_sha256, person)  # V_id
-    photos = await fleet.score(row, "photo clips", still)
+    moving = repository.moving_clips(settings, fleet.base_sha256, person)
+    photos = await fleet.score(row, "photo clips", still + moving)
     sft = await fleet.train(row, person, "sft", settings.sft.steps, photo_examples(photos, person))
 
     if not settings.hpo.steps:  # a row of the comparison: self-reconstruction alone
@@ -106,7 +107,8 @@ async def base_clips(fleet: Fleet, class_word: str) -> list[Made]:
 
 def photo_examples(clips: Sequence[Made | ScoredClip], person: Identity) -> list[dict[str, Any]]:
     """What SFT trains on: the identity's own photo clips, in a fixed order."""
-    own = [clip for clip in clips if clip.kind == STATIC_CLIP and clip.identity_id == person.identity_id]
+    kinds = (STATIC_CLIP, MOVING_CLIP)
+    own = [clip for clip in clips if clip.kind in kinds and clip.identity_id == person.identity_id]
     columns = ("clip_id", "latents_uri", "text_uri")
     return [{name: getattr(clip, name) for name in columns} for clip in sorted(own, key=lambda clip: clip.clip_id)]
 

@@ -37,7 +37,18 @@ from magicid.manifests import ManifestRow
 from magicid.prompts import load_prompts
 from magicid.recipe import Pool, Recipe
 from magicid.run import Run, clip_uri, training_uri
-from magicid.schema import STATIC_CLIP, STILL_CLIP, VALIDATION_CLIP, Clip, Identity, Made, ScoredClip, from_row, to_row
+from magicid.schema import (
+    MOVING_CLIP,
+    STATIC_CLIP,
+    STILL_CLIP,
+    VALIDATION_CLIP,
+    Clip,
+    Identity,
+    Made,
+    ScoredClip,
+    from_row,
+    to_row,
+)
 from ray_jobs import keeping, tasks
 from ray_jobs.customize import customize_person
 from ray_jobs.driver import Driver
@@ -246,7 +257,8 @@ class SimulatedPools:
 
     async def _generator(self, pipeline: Pipeline) -> None:
         took, gpus = self.cluster.durations, self.cluster.recipe.resources.generator.gpus
-        each = {STATIC_CLIP: took.photo_clip, STILL_CLIP: took.photo_clip, VALIDATION_CLIP: took.validation_clip}
+        photo = dict.fromkeys((STATIC_CLIP, MOVING_CLIP, STILL_CLIP), took.photo_clip)
+        each = {**photo, VALIDATION_CLIP: took.validation_clip}
         await asyncio.sleep(took.load)
         while True:
             task = await self._ahead.get()
@@ -266,7 +278,7 @@ class SimulatedPools:
     async def _score(self, pipeline: Pipeline, owner: str, clips: list[Clip], spent: dict[str, float]) -> None:
         measured = keeping.is_measured(clips[0])
         for name, _, gpus, seconds, metrics in self._scorers:
-            if metrics == measured and clips[0].kind != STILL_CLIP:
+            if metrics == measured and clips[0].kind not in (MOVING_CLIP, STILL_CLIP):
                 async with self._places[name]:
                     took = await self.cluster.work(name, owner, gpus, seconds * len(clips))
                 spent[name] = took / len(clips)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from magicid.clips import decode_mp4, encode_mp4, inflate_photo, read_clip
+from magicid.clips import decode_mp4, encode_mp4, inflate_photo, pan_photo, read_clip
 from magicid.errors import StorageError
 from magicid.storage import write_bytes
 
@@ -111,3 +111,20 @@ def test_resizing_is_antialiased() -> None:
     checkerboard = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     clip = inflate_photo(np.repeat(checkerboard[..., None], 3, -1), 1, 16, 16)
     assert np.abs(clip.astype(int) - 127).max() <= 24
+
+
+def test_a_panned_photo_wanders_smoothly_and_comes_from_its_seed() -> None:
+    photo = np.zeros((96, 96, 3), np.uint8)
+    photo[40:56, 40:56] = (250, 120, 30)  # 8 px of 48, in the middle
+    clip = pan_photo(photo, 25, 48, 48, seed=3)
+    assert clip.shape == (25, 48, 48, 3)
+    assert clip.dtype == np.uint8
+    weight = clip[..., 0].astype(float)
+    y, x = np.mgrid[:48, :48]
+    centres = np.array([[(w * x).sum(), (w * y).sum()] / w.sum() for w in weight])
+    away = np.abs(centres - 23.5)
+    assert away.max(0) == pytest.approx([0.1 * 48, 0.083 * 48], abs=0.8), "by up to a tenth to each side, and no more"
+    steps = np.linalg.norm(np.diff(centres, axis=0), axis=1)
+    assert 0 < steps.max() < 3 * 0.15 * 48 / 8, "no jumps"
+    assert np.array_equal(clip, pan_photo(photo, 25, 48, 48, seed=3))
+    assert not np.array_equal(clip, pan_photo(photo, 25, 48, 48, seed=4))

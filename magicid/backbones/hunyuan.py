@@ -15,6 +15,7 @@ from torch import Tensor
 from magicid.backbones.base import TextEmbeddings
 from magicid.backbones.pipeline import PipelineBackbone
 
+_FEED_FORWARD = "(ff\\.net\\.0\\.proj|ff\\.net\\.2|proj_mlp|proj_out)"
 _PROJECTIONS = "(to_q|to_k|to_v|to_out\\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 
 
@@ -77,6 +78,10 @@ class HunyuanBackbone(PipelineBackbone):
 
     def lora_target_modules(self) -> str:
         """Attention projections of all blocks, or with `lora.blocks = "double"` of the dual-stream blocks only (which
-        is reported to keep motion better). The text refiner's attention is never adapted."""
+        is reported to keep motion better); with `lora.layers = "all"` also what the feed-forward layers do to the
+        picture. The text refiner, and the feed-forward layers of the text, are never adapted."""
         single = "" if self.recipe.lora.blocks == "double" else "(single_)?"
-        return f"{single}transformer_blocks\\.\\d+\\.attn\\.{_PROJECTIONS}"
+        layers = (
+            f"(attn\\.{_PROJECTIONS}|{_FEED_FORWARD})" if self.recipe.lora.layers == "all" else f"attn\\.{_PROJECTIONS}"
+        )
+        return f"{single}transformer_blocks\\.\\d+\\.{layers}"

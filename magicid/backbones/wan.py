@@ -64,5 +64,8 @@ class WanBackbone(PipelineBackbone):
         return {**arguments, "guidance_scale": self.recipe.sampling.guidance_scale}
 
     def lora_target_modules(self) -> str:
-        """Self- and cross-attention projections of all blocks; Wan has no single-stream blocks to leave out."""
-        return "blocks\\.\\d+\\.attn[12]\\.(to_q|to_k|to_v|to_out\\.0)"
+        """Self- and cross-attention projections of all blocks, with `lora.layers = "all"` the feed-forward layers too;
+        Wan has no single-stream blocks to leave out."""
+        attention = "attn[12]\\.(to_q|to_k|to_v|to_out\\.0)"
+        layers = f"({attention}|ffn\\.net\\.(0\\.proj|2))" if self.recipe.lora.layers == "all" else attention
+        return f"blocks\\.\\d+\\.{layers}"

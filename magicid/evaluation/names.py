@@ -7,6 +7,7 @@ METHODS = {
     "dreambooth": "DreamBooth-LoRA, single frames",
     "magicme": "MagicMe",
     "sft": "SFT only",
+    "sft_moving": "SFT, moving photos too",
     "p_id": "SFT + P_id",
     "p_dy": "SFT + P_dy",
     "rewards_id": "rewards: id",
@@ -15,6 +16,7 @@ METHODS = {
     "own_prompt": "HPO, static winners under their caption",
     "hpo": "HPO",
     "two_rounds": "HPO in two rounds",
+    "moving": "HPO after SFT on moving photos",
     "beyond": "HPO, others' clips and motion first",
     "renderer": "the renderer (truth)",
 }

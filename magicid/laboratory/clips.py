@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from magicid import schema
+from magicid import repository, schema
 from magicid.backbones.base import TextEmbeddings
-from magicid.clips import inflate_photo
+from magicid.clips import inflate_photo, pan_photo
 from magicid.laboratory.measuring import Measuring
 from magicid.laboratory.population import Stack, StackedLora
 from magicid.rewards.dynamics import MotionReward
@@ -89,6 +89,17 @@ class Sampler:
         s = self.backbone.recipe.sampling
         inflated = np.stack([inflate_photo(photo, s.frames, s.height, s.width) for photo in photos])
         latents: Tensor = self.backbone.encode_video(inflated)
+        return latents
+
+    def moving(self, photos: NDArray[np.uint8], copies: int) -> Tensor:
+        """V_mov: latents (P * copies, C, F, H, W) of photos that are panned and turned, as a run makes them."""
+        s = self.backbone.recipe.sampling
+        panned = [
+            pan_photo(photo, s.frames, s.height, s.width, repository.moving_seed(place, number))
+            for place, photo in enumerate(photos)
+            for number in range(copies)
+        ]
+        latents: Tensor = self.backbone.encode_video(np.stack(panned))
         return latents
 
 

@@ -81,10 +81,11 @@ STILL = 30  # half of V_t
 
 
 def _dev(
-    readings: str, static_prompt: str = "own", still: int = 0, steps: int = 120, rate: float = LOW, **hpo: float
-) -> Variant:
+    readings: str, static_prompt: str = "own", still: int = 0, steps: int = 120, rate: float = LOW, moving: int = 0,
+    **hpo: float,
+) -> Variant:  # fmt: skip
     values = {"learning_rate": 3e-4, "beta": 600.0, "anchor": 0.0, **hpo}
-    overrides: dict[str, Any] = {"sft.steps": steps, "sft.learning_rate": rate}
+    overrides: dict[str, Any] = {"sft.steps": steps, "sft.learning_rate": rate, "sft.moving": moving}
     overrides |= {"selection.static_prompt": static_prompt, "selection.still_pairs": still}
     return Variant(
         "hpo", overrides={**overrides, **{f"hpo.{key}": value for key, value in values.items()}},
@@ -105,6 +106,9 @@ DEV = Plan(
         *(_dev(readings) for readings in ("", "dominates", ALL)),
         *(_dev(readings, still=STILL) for readings in ("", "others", "by-motion", ALL)),
         _dev("", still=STILL, beta=150.0),
+        _dev("", still=STILL, beta=150.0, moving=2),
+        _dev("", still=STILL, beta=150.0, moving=2, rate=HIGH),
+        _dev("", beta=150.0, moving=2),
         _dev(ALL, still=STILL, beta=150.0),
         _dev(ALL, still=STILL, beta=2000.0),
         _dev("", beta=150.0),
@@ -119,7 +123,7 @@ DEV = Plan(
     sft_rates=(LOW, HIGH),
 )
 
-LETTER: Mapping[str, Any] = {"selection.still_pairs": 0, "hpo.beta": 600.0}  # the paper's pairs and no others
+LETTER: Mapping[str, Any] = {"sft.moving": 0, "selection.still_pairs": 0, "hpo.beta": 600.0}  # the paper's, no others
 
 METHODS = (
     Variant("hpo"),
@@ -131,6 +135,7 @@ METHODS = (
     Variant("rewards_id", overrides={**LETTER, "selection.rewards": "id"}, named=False),
     Variant("rewards_id_dy", overrides={**LETTER, "selection.rewards": "id+dy"}, named=False),
     Variant("two_rounds", twice=True),
+    Variant("moving", overrides={"sft.moving": 2, "selection.still_pairs": 0}, named=False),
 )
 
 TEST = Plan(

@@ -43,6 +43,10 @@ class Owner:
     rate: float
 
 
+Start = tuple[int, int]
+"""Where preference training begins: moving copies of each photo in the SFT, and its steps."""
+
+
 @dataclass(frozen=True)
 class Repository:
     """Scored clips of one adapter: V_s, its V_t and V_id; and V_still, which nobody scores."""
@@ -108,7 +112,7 @@ class Study:
         self.rows.folder.mkdir(parents=True, exist_ok=True)
         self._base()
         static = [self.sampler.static(owner.person.photos) for owner in self.owners]
-        trained = self._sft("sft", static, self.plan.sft_steps, self._starts(self.plan.variants))
+        trained = self._self_reconstruction(static)
         if self.plan.frames_steps:
             self._sft("dreambooth", [latents[:, :, :1] for latents in static], self.plan.frames_steps)
         if self.plan.tokens_steps:
@@ -124,8 +128,12 @@ class Study:
                 self._two_rounds(variant, trained, repositories, static)
         return self.rows.read()
 
-    def _starts(self, variants: Sequence[Variant]) -> list[int]:
-        return sorted({self._settings(variant).sft.steps for variant in variants})
+    def _start(self, variant: Variant) -> Start:
+        sft = self._settings(variant).sft
+        return sft.moving, sft.steps
+
+    def _starts(self, variants: Sequence[Variant]) -> list[Start]:
+        return sorted({self._start(variant) for variant in variants})
 
     def _is_measured(self, variant: Variant) -> bool:
         start = self._settings(variant).sft.steps
@@ -152,6 +160,17 @@ class Study:
             made = render_clips(np.repeat(look[None], len(rows), 0), actions, places, [self.seeds[i] for i in rows])
             clips = [Asked(person, 0, self.prompts[i], self.seeds[i], f) for i, f in zip(rows, made.frames)]
             self.rows.measure("renderer", "", 0, clips, person.name)
+
+    def _self_reconstruction(self, static: Sequence[torch.Tensor]) -> dict[Start, Stack]:
+        """SFT on photos held still, the paper's, and where a variant begins with them on moving copies too."""
+        starts, found = self._starts(self.plan.variants), dict[Start, Stack]()
+        for moving in sorted({0, *(moving for moving, _ in starts)}):
+            copies = [self.sampler.moving(o.person.photos, moving) for o in self.owners] if moving else []
+            clips = [torch.cat(both) for both in zip(static, copies)] if moving else static
+            wanted = [steps for copies_, steps in starts if copies_ == moving]
+            trained = self._sft("sft_moving" if moving else "sft", clips, self.plan.sft_steps, wanted)
+            found |= {(moving, steps): trained[steps] for steps in wanted}
+        return found
 
     def _sft(
         self, method: str, static: Sequence[torch.Tensor], at: Sequence[int], starts: Sequence[int] = ()
@@ -185,7 +204,7 @@ class Study:
         text = self.sampler.text([caption])
         return {TOKENS: torch.stack([first_tokens(text, TOKENS_COUNT, o.seed) for o in self.owners]).to(self.device)}
 
-    def _repository(self, start: int, trained: Stack, static: Sequence[torch.Tensor]) -> list[Repository]:
+    def _repository(self, start: Start, trained: Stack, static: Sequence[torch.Tensor]) -> list[Repository]:
         settings, caption = self.recipe.repository, for_class(self.recipe.sft.prompt, CLASS_WORD)
         if self._base_clips is None:
             prompts = [self.training[i % len(self.training)] for i in range(settings.base_clips)]
@@ -197,12 +216,12 @@ class Study:
         sampled = self.sampler.sample(trained, prompts, seeds).unflatten(0, (len(self.owners), -1))
         clips, latents = [], []
         for k, owner in enumerate(self.owners):
-            training, photos = f"{start}/{owner.seed}/{owner.rate:g}", len(static[k])
+            training, photos = f"{start[0]}-{start[1]}/{owner.seed}/{owner.rate:g}", len(static[k])
             clips += wanted(schema.TRAINED_CLIP, owner.person.name, prompts, seeds, training=training)
             clips += wanted(schema.STATIC_CLIP, owner.person.name, [caption] * photos, [0] * photos, training=training)
             latents += [sampled[k], static[k]]
         scored = self._scored(clips, torch.cat(latents))
-        self._say(f"repository after {start} SFT steps: {len(scored)} clips")
+        self._say(f"repository after {start[1]} steps: {len(scored)} clips")
         found, position = [], 0
         for k, owner in enumerate(self.owners):
             count = len(prompts) + len(static[k])
@@ -216,25 +235,25 @@ class Study:
     def _preferences(
         self,
         variants: Sequence[Variant],
-        trained: Mapping[int, Stack],
-        repositories: Mapping[int, list[Repository]],
+        trained: Mapping[Start, Stack],
+        repositories: Mapping[Start, list[Repository]],
         at: Sequence[int],
         before: int = 0,
     ) -> Stack | None:
         """Train variants of all adapters in one batch and measure them.
 
         Args:
-            trained, repositories: after so many SFT steps, adapter by adapter.
+            trained, repositories: where each start is, adapter by adapter.
             at: preference steps to measure after, beyond `before`, which are behind `trained` already.
 
         Returns:
             All adapters of all variants after the last step; None if somebody has no pairs.
         """
-        trainings: list[tuple[Variant, int, int]] = []  # variant, start, adapter
+        trainings: list[tuple[Variant, Start, int]] = []  # variant, start, adapter
         preferences: list[Preference] = []
         for variant in variants:
             settings = self._settings(variant)
-            start = settings.sft.steps
+            start = self._start(variant)
             for k, repository in enumerate(repositories[start]):
                 owner = repository.owner
                 if owner.rate != settings.sft.learning_rate:
@@ -265,24 +284,24 @@ class Study:
             for variant in variants:
                 members = [(i, k) for i, (v, _, k) in enumerate(trainings) if v is variant]
                 if members:
-                    start = self._settings(variant).sft.steps
+                    behind = self._start(variant)[1] + before
                     own = take(population, [i for i, _ in members])
                     adapters = [k for _, k in members]
-                    self._held_out(variant.method, variant.setting, start + before + steps, own, adapters)
+                    self._held_out(variant.method, variant.setting, behind + steps, own, adapters)
         return made[max(at)] if len(preferences) == len(variants) * len(self.owners) else None
 
     def _two_rounds(
         self,
         variant: Variant,
-        trained: Mapping[int, Stack],
-        repositories: Mapping[int, list[Repository]],
+        trained: Mapping[Start, Stack],
+        repositories: Mapping[Start, list[Repository]],
         static: Sequence[torch.Tensor],
     ) -> None:
         """Half of the steps; then clips, rewards and pairs of what they made, from which the other half goes on."""
-        start, steps = self._settings(variant).sft.steps, max(self.plan.hpo_steps)
+        start, steps = self._start(variant), max(self.plan.hpo_steps)
         first = self._preferences([variant], trained, repositories, [steps // 2])
         if first is not None:
-            second = self._repository(start + steps // 2, first, static)
+            second = self._repository((start[0], start[1] + steps // 2), first, static)
             self._preferences([variant], {start: first}, {start: second}, [steps - steps // 2], steps // 2)
 
     # ---- clips ------------------------------------------------------------------------------------------------
@@ -324,7 +343,7 @@ class Study:
 
     def _longest(self, method: str) -> int | None:
         """The step at which a method's clips are sampled in other lengths too."""
-        ends = {"sft": self.plan.sft_steps, "dreambooth": self.plan.frames_steps}
+        ends = dict.fromkeys(("sft", "sft_moving"), self.plan.sft_steps) | {"dreambooth": self.plan.frames_steps}
         if method in ends:
             return max(ends[method], default=None)
         return self.recipe.sft.steps + max(self.plan.hpo_steps, default=0) if method == "hpo" else None

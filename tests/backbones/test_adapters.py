@@ -33,11 +33,11 @@ def trained_lora(recipe: Any, seed: int = 0, rank: int | None = None) -> tuple[A
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("alpha", [4, 8])
+@pytest.mark.parametrize(("alpha", "layers"), [(4, "attention"), (8, "attention"), (8, "all")])
 def test_published_training_sampling_and_the_plain_pipeline_agree(
-    folders: dict[str, Path], tmp_path: Path, name: str, alpha: int
+    folders: dict[str, Path], tmp_path: Path, name: str, alpha: int, layers: str
 ) -> None:
-    recipe = tiny_recipe(name, folders[name], lora__alpha=alpha)  # rank 4
+    recipe = tiny_recipe(name, folders[name], lora__alpha=alpha, lora__layers=layers)  # rank 4
     training, published = trained_lora(recipe)
     (tmp_path / WEIGHTS_NAME).write_bytes(to_bytes(published, recipe.lora.rank, recipe.lora.alpha))
 
@@ -98,6 +98,25 @@ def test_double_means_the_dual_stream_blocks(folders: dict[str, Path]) -> None:
     assert modules["double"] == {f"transformer_blocks.0.attn.{name}" for name in joint}
     single = {f"single_transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")}
     assert modules["all"] == modules["double"] | single
+
+
+@pytest.mark.parametrize(
+    ("name", "added"),
+    [
+        ("hunyuan-480p", {"transformer_blocks.0.ff.net.0.proj", "transformer_blocks.0.ff.net.2",
+                          "single_transformer_blocks.0.proj_mlp", "single_transformer_blocks.0.proj_out"}),
+        ("wan-480p", {f"blocks.{block}.ffn.net.{layer}" for block in (0, 1) for layer in ("0.proj", "2")}),
+    ],
+)  # fmt: skip
+def test_all_layers_are_the_feed_forward_ones_of_the_picture_too(
+    folders: dict[str, Path], name: str, added: set[str]
+) -> None:
+    modules = {}
+    for layers in ("attention", "all"):
+        _, published = trained_lora(tiny_recipe(name, folders[name], lora__layers=layers))
+        modules[layers] = {key.removeprefix("transformer.").rsplit(".lora_", 1)[0] for key in published}
+    assert modules["all"] - modules["attention"] == added
+    assert modules["attention"] < modules["all"]
 
 
 def test_wan_adapts_both_attentions_of_every_block(folders: dict[str, Path]) -> None:

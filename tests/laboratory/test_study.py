@@ -15,13 +15,13 @@ from magicid.recipe import Recipe
 
 PLAN = Plan(
     group="dev", people=2, prompts=2, train_seeds=(5,), sft_steps=(1, 3), frames_steps=(3,), tokens_steps=(2,),
-    variants=(Variant("hpo"), Variant("paper", overrides={"selection.still_pairs": 0}, named=False),
+    variants=(Variant("hpo"), Variant("paper", overrides={"selection.still_pairs": 0, "sft.moving": 0}, named=False),
               Variant("two_rounds", twice=True)),
     hpo_steps=(1, 2), lengths=(5,),
 )  # fmt: skip
 SMALLEST = {
     "repository.trained_clips": 4, "repository.base_clips": 4, "sampling.steps": 2, "sft.steps": 2,
-    "selection.still_pairs": 2,
+    "sft.moving": 1, "selection.still_pairs": 2,
 }  # fmt: skip
 
 
@@ -40,13 +40,25 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
         each = PLAN.people * PLAN.prompts
         long = PLAN.people  # a quarter of the prompts, at least one, once more in 5 frames
         expected = dict.fromkeys(
-            ("base 0", "renderer 0", "sft 1", "sft 2", "magicme 2", "hpo 3", "paper 3", "two_rounds 3", "two_rounds 4"),
+            (
+                "base 0",
+                "renderer 0",
+                "sft 1",
+                "sft 2",
+                "sft_moving 1",
+                "sft_moving 2",
+                "magicme 2",
+                "hpo 3",
+                "paper 3",
+                "two_rounds 3",
+                "two_rounds 4",
+            ),
             each,
         )
-        expected |= dict.fromkeys(("sft 3", "dreambooth 3", "hpo 4"), each + long) | {"paper 4": each}
+        expected |= dict.fromkeys(("sft 3", "sft_moving 3", "dreambooth 3", "hpo 4"), each + long) | {"paper 4": each}
         assert Counter(key.rsplit(" ", 1)[0] for key in rows) == expected
 
-        assert [line.split()[0] for line in said if "loss" in line] == ["sft"] * 5 + ["hpo"] * 6
+        assert [line.split()[0] for line in said if "loss" in line] == ["sft"] * 8 + ["hpo"] * 6
 
         files = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
         again, said = run(settings, pool, tmp_path)

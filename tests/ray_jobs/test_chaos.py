@@ -1,4 +1,4 @@
-"""Every trial of the table of chaos, with `make soak`: each takes minutes, the first two are the shortest."""
+"""The trials of the table of chaos: three of them with all tests, the others with `make soak`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.ray_jobs import chaos
 from tests.ray_jobs.chaos import Outcome, Reference
 
-SHORT = [("worker", 1), ("driver", 1)]
+SHORT = [("worker", 1), ("raylet", 1), ("driver", 1)]
 
 pytestmark = pytest.mark.timeout(2 * chaos.ONE_START_S)
 
@@ -29,7 +29,6 @@ def held(kind: str, seed: int, reference: Reference, folder: Path) -> None:
     assert outcome.again == 0
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize(("kind", "seed"), SHORT)
 def test_a_harm_changes_nothing(kind: str, seed: int, reference: Reference, tmp_path: Path) -> None:
     held(kind, seed, reference, tmp_path)

@@ -21,9 +21,6 @@ REASONS = {"raise": "poison in {stage}", "hang": DIED, "exit": DIED, "allocate":
 CAP = 2
 
 
-pytestmark = pytest.mark.soak  # seventeen people, sixteen of whom hang, die or fill memory: minutes
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A good person, and one for each stage and way; photos are ada's, but each has a class word of her own."""

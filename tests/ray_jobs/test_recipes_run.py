@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from magicid import adapters, repository, schema, storage
 from magicid.backbones import base_sha256, load_backbone
-from magicid.clips import decode_mp4
+from magicid.clips import decode_mp4, pan_photo
 from magicid.generation import Generator
 from magicid.prompts import load_prompts
 from magicid.recipe import Recipe
@@ -50,6 +51,7 @@ def test_a_production_recipe_runs_on_a_tiny_folder(name: str, tmp_path: Path) ->
         repository__base_clips=2,
         repository__trained_clips=1,
         sft__steps=2,
+        sft__moving=1,
         hpo__steps=2,
         hpo__validate_every=2,
         hpo__learning_rate=1e-3,
@@ -64,6 +66,7 @@ def test_a_production_recipe_runs_on_a_tiny_folder(name: str, tmp_path: Path) ->
     generate = GenerateClips(settings, run.location, "test")
 
     wanted = repository.base_clips(recipe, base, prompts, "woman") + repository.static_clips(recipe, base, ada)
+    wanted += repository.moving_clips(recipe, base, ada)
     made = through(generate, wanted, Clip)
     for stage in (ScoreIdentity, ScoreMotion, ScoreSemantics):
         made = through(stage(settings, run.location, "test"), made, ScoredClip)
@@ -71,12 +74,18 @@ def test_a_production_recipe_runs_on_a_tiny_folder(name: str, tmp_path: Path) ->
         assert clip.error is None
         assert clip.motion_error is None
         assert clip.semantics_error is None
-    moving, _, still = made
+    moving, _, still, panned = made
     assert still.motion_reward is not None
+    assert panned.motion_reward is None, "it is for SFT alone"
+    size = (recipe.sampling.frames, recipe.sampling.height, recipe.sampling.width)
+    photo = pan_photo(np.asarray(Image.open(PHOTO).convert("RGB")), *size, panned.seed)
+    assert torch.equal(load_latents(run, panned), generate.generator.backbone.encode_video(photo[None]))
+    examples = photo_examples(made, ada)
+    assert {example["clip_id"] for example in examples} == {still.clip_id, panned.clip_id}
 
     worker = SlotWorker(recipe, run, engine="torch")
     steps: list[int] = []
-    payload = {"identity_id": "ada", "overrides": {}, "stage": "sft", "examples": photo_examples(made, ada)}
+    payload = {"identity_id": "ada", "overrides": {}, "stage": "sft", "examples": examples}
     worker.train(Task("ada/sft", "team", 2, payload=payload), lambda step, metrics: steps.append(step))
     sft_uri = training_uri("ada", "sft", WEIGHTS_FILE)
     sft = AdapterRef(sft_uri, storage.sha256_bytes(storage.read_bytes(run.path(sft_uri))))
