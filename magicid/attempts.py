@@ -29,6 +29,10 @@ class Attempts:
         storage.write_json(ledger, {"attempts": tries + 1})
         return int(tries) + 1
 
+    def came_back(self, key: str) -> None:
+        """Forget the tries of a key: the process that made the last one lives."""
+        storage.remove(self.run.path("attempts", self.job, f"{key}.json"))
+
     def forget(self) -> None:
         """Remove the ledger when the job ends."""
         storage.remove(self.run.path("attempts", self.job))

@@ -152,6 +152,7 @@ def _wanted(run: Run, identity_id: str) -> list[dict[str, Any]]:
     prompts = run.read("prompts.parquet", Prompt) if run.has("prompts.parquet") else []
     training, heldout = ([p for p in prompts if p.split == split] for split in ("training", "heldout"))
     clips = repository.static_clips(recipe, base, person)
+    clips += repository.moving_clips(recipe.for_identity(person.overrides), base, person)
     for stage in ("sft", "hpo"):
         uri = training_uri(identity_id, stage, adapters.WEIGHTS_NAME)
         kept = storage.list_files(run.path(training_uri(identity_id, stage, "steps")), ".safetensors")

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from magicid import commands, erasure, identities, ledger, manifests, storage
-from magicid.errors import IdentityError, MagicIDError, RecipeError
+from magicid.errors import IdentityError, MagicIDError, RecipeError, StorageError
 from magicid.manifests import ManifestRow
 from magicid.recipe import Recipe
 from magicid.schema import ScoredClip
@@ -79,9 +79,14 @@ class Arrivals:
             if first:
                 raise
             self.fleet.display.say(f"the manifest cannot be read now, the job goes on: {error}", "yellow")
-        for command in await asyncio.to_thread(lambda: list(commands.pending(self.fleet.run))):
+        asked = await asyncio.to_thread(lambda: list(commands.pending(self.fleet.run)))
+        for command in asked:
             await self._obey(command)
-            await asyncio.to_thread(storage.remove, command.location)
+        if asked:
+            with suppress(StorageError):  # then they are obeyed again, which changes nothing
+                await asyncio.to_thread(self.ledger.flush)  # what is removed must be kept elsewhere
+                for command in asked:
+                    await asyncio.to_thread(storage.remove, command.location)
 
     def end_absent(self) -> None:
         """Those whom an earlier start left open and no row names any more: they would be waited for, for ever."""
@@ -163,6 +168,7 @@ class Arrivals:
         if command.action == commands.CANCEL and record.state in (ledger.WAITING, ledger.RUNNING):
             self.admission.cancel(name)
             self.fleet.end(name, state=ledger.CANCELLED)
+            await self.fleet.intake.forget(name)
             if name in self._under_way:
                 self._under_way[name].cancel()
             self.fleet.display.say(f"cancelled {name}", "yellow")

@@ -87,7 +87,11 @@ class Fleet:
         Raises:
             IdentityError: it cannot be used, or what is there was made from another row under the same id.
         """
-        identities.check_consent(row, self.recipe.identities)
+        try:
+            identities.check_consent(row, self.recipe.identities)
+        except IdentityError:
+            await self.intake.forget(row.id)
+            raise
         content = content_sha256(row)
         if self.ledger.records[row.id].row_sha256 != content:
             if await asyncio.to_thread(self.run.has, identity_uri(row.id)):

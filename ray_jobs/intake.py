@@ -65,13 +65,19 @@ class CheckIdentities:
 
     def _check(self, row: str, ahead: bool) -> dict[str, Any]:
         known = ManifestRow(**json.loads(row))
+        try:
+            result = self._look(known, row, ahead)
+            _remove_if_deleted(self.run, known.id)
+        except StorageError as error:
+            return {"id": known.id, "problem": error.problem, "action": error.action}
+        return result
+
+    def _look(self, known: ManifestRow, row: str, ahead: bool) -> dict[str, Any]:
         keep = functools.partial(storage.write_json, self.run.path(ahead_uri(known.id)))
         try:
             if ahead and self._settled(known.id):
                 return {"id": known.id}
-            self.attempts.begin(f"identity-{known.id}")  # a photo may kill the process
-            with watchdog.time_limit(self.recipe.fleet.clip_limit_s):
-                person = identities.check_identity(known, self.recipe, self.faces, self.metric_faces, self.run.location)
+            person = self._identity(known, ahead)
             if ahead:
                 keep({"row": row, "id": known.id, "person": dataclasses.asdict(person)})
             else:
@@ -86,10 +92,20 @@ class CheckIdentities:
         except Exception as error:  # one identity must not end the others
             return {"id": known.id, "problem": reason(error), "action": "check its photos"}
 
+    def _identity(self, row: ManifestRow, ahead: bool) -> Identity:
+        key = f"identity-{row.id}"
+        self.attempts.begin(key)  # a photo may kill the process
+        try:
+            with watchdog.time_limit(self.recipe.fleet.clip_limit_s):
+                return identities.check_identity(row, self.recipe, self.faces, self.metric_faces, self.run.location)
+        finally:
+            if ahead:  # the tries are for when the turn comes; only those that took their process along count
+                self.attempts.came_back(key)
+
     def _settled(self, identity_id: str) -> bool:
         """Whether nothing is to be found out ahead: it was checked before, or the person was deleted meanwhile."""
         there = self.run.has(identity_uri(identity_id)) or self.run.has(ahead_uri(identity_id))
-        return there or erasure.tombstone(identity_id) in erasure.erased(self.run.location)
+        return there or _is_deleted(self.run, identity_id)
 
 
 class Intake:
@@ -106,6 +122,7 @@ class Intake:
         self.following: Callable[[int], list[ManifestRow]] = lambda number: []
         self._waiting: dict[str, tuple[ManifestRow, asyncio.Future[dict[str, Any]]]] = {}
         self._ahead: dict[str, asyncio.Future[dict[str, Any]]] = {}  # those whom the pass under way checks ahead
+        self._looked_at: set[str] = set()  # checked ahead at this start: once is enough
         self._pass: asyncio.Task[None] | None = None
 
     async def check(self, row: ManifestRow) -> Identity:
@@ -139,7 +156,13 @@ class Intake:
         if same and "person" in found:
             self.run.write(identity_uri(row.id), [Identity(**found["person"])], Identity)
         storage.remove(location)
+        _remove_if_deleted(self.run, row.id)
         return found if same else None
+
+    async def forget(self, identity_id: str) -> None:
+        """Remove what was found ahead of somebody whose turn does not come."""
+        if await asyncio.to_thread(self.run.has, ahead_uri(identity_id)):
+            await asyncio.to_thread(storage.remove, self.run.path("identities", identity_id))
 
     async def _passes(self) -> None:
         loop = asyncio.get_running_loop()
@@ -147,7 +170,8 @@ class Intake:
             await asyncio.sleep(GATHER_S)
             names = list(self._waiting)[:ROWS_PER_PASS]
             asked = [self._waiting.pop(name) for name in names]
-            ahead = [row for row in self.following(AHEAD) if row.id not in {*names, *self._waiting}]
+            ahead = [row for row in self.following(AHEAD) if row.id not in {*names, *self._waiting, *self._looked_at}]
+            self._looked_at |= {row.id for row in ahead}
             self._ahead = {row.id: loop.create_future() for row in ahead}
             futures = {**self._ahead, **{row.id: future for row, future in asked}}
 
@@ -170,6 +194,16 @@ class Intake:
         arguments = {"recipe": self.recipe.model_dump(mode="json"), "run": self.run.location, "job": self.job}
         for result in pools.add_stage(dataset, CheckIdentities, self.recipe.resources.identity, arguments).iter_rows():
             tell(json.loads(result["result"]))
+
+
+def _is_deleted(run: Run, identity_id: str) -> bool:
+    return erasure.tombstone(identity_id) in erasure.erased(run.location)
+
+
+def _remove_if_deleted(run: Run, identity_id: str) -> None:
+    """What was written of somebody who was deleted while it was found out."""
+    if _is_deleted(run, identity_id):
+        storage.remove(run.path("identities", identity_id))
 
 
 def _set(future: asyncio.Future[dict[str, Any]], result: dict[str, Any]) -> None:

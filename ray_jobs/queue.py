@@ -152,6 +152,12 @@ class FairQueue:
         held.note = note
         return True
 
+    def call_for(self, task_id: str, holder: str, method: str, *arguments: Any) -> None:
+        """`done`, `fail` or `release` of a holder, if this is still the task it has: with several workers, one may
+        be late."""
+        if holder in self._held and self._held[holder].task.task_id == task_id:
+            getattr(self, method)(holder, *arguments)
+
     def done(self, holder: str, result: dict[str, Any]) -> None:
         """A holder's task is finished. Nothing happens when it no longer has one."""
         self._end(holder, "done", result, None)

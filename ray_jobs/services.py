@@ -37,6 +37,9 @@ class Intake(Protocol):
     async def check(self, row: ManifestRow) -> Identity:
         """One identity, checked now or earlier."""
 
+    async def forget(self, identity_id: str) -> None:
+        """Remove what was found ahead of somebody whose turn does not come."""
+
 
 class Slots(Protocol):
     """Trains what is in the queue; `slots.Slots` is one."""

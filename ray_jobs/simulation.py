@@ -358,6 +358,9 @@ class SimulatedIntake:
         photos = [f"identities/{row.id}/photo-{number}.png" for number in range(self.photos)]
         return Identity(row.id, row.owner, photos, row.class_word, row.consent, row.priority, dict(row.overrides))
 
+    async def forget(self, identity_id: str) -> None:
+        """Nobody is checked ahead."""
+
 
 class SimulatedTasks:
     """Pairs are always found; a published adapter is its manifest's name."""

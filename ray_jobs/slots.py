@@ -156,7 +156,8 @@ def slot_loop(config: dict[str, Any]) -> None:
             result = worker.train(task, tell or (lambda step, metrics: None))
         except MagicIDError as error:  # this identity stops, with its last good checkpoint
             away = isinstance(error, StorageError) and storage_errors.outage(error)  # which another try may not meet
-            ray.get(work.call.remote(TRAINING, "release" if away else "fail", slot, str(error)))  # heard once
+            method = "release" if away else "fail"
+            ray.get(work.call.remote(TRAINING, "call_for", task.task_id, slot, method, str(error)))  # heard once
             if world_size > 1:  # it may have met this worker alone, and the others wait for it in the middle of a step
                 raise
         except Cancelled:
@@ -164,7 +165,7 @@ def slot_loop(config: dict[str, Any]) -> None:
                 raise
         else:
             if rank == 0:
-                ray.get(work.call.remote(TRAINING, "done", slot, result))
+                ray.get(work.call.remote(TRAINING, "call_for", task.task_id, slot, "done", result))
 
 
 def _next(work: Any, slot: str) -> str | None:

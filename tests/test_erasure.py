@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -18,8 +19,8 @@ from magicid import adapters, commands, erasure, ledger, recipe, repository, sto
 from magicid.cli import app
 from magicid.erasure_proof import scan
 from magicid.errors import IdentityError, StorageError
-from magicid.run import Run, clip_uri, training_uri
-from magicid.schema import CURVE_CLIP, Prompt, Rejected, ScoredClip
+from magicid.run import Run, clip_uri, identity_uri, training_uri
+from magicid.schema import CURVE_CLIP, Identity, Prompt, Rejected, ScoredClip
 from tests.object_store import s3_bucket
 from tests.report.fake_run import fill
 
@@ -154,6 +155,18 @@ def test_clips_of_adapters_that_were_kept_on_the_way_go_too(tmp_path: Path) -> N
         (clip, *_) = repository.evaluation_clips(
             run.recipe(), "b" * 64, prompts, person.class_word, "hpo", person, ref, 70, CURVE_CLIP
         )
+        made[name] = clip_uri(clip.clip_id, ".mp4")
+        storage.write_bytes(run.path(made[name]), b"a clip")
+    erasure.delete(run.location, "ada")
+    assert [run.has(made[name]) for name in ("ada", "bruno")] == [False, True]
+
+
+def test_moving_photos_that_no_row_has_yet_go_too(tmp_path: Path) -> None:
+    run, made = finished(str(tmp_path), ("ada", "bruno")), {}
+    for name in ("ada", "bruno"):  # made under an override of their own, by a worker that was killed
+        person = replace(run.identity(name), overrides={"sft.moving": "3"})
+        run.write(identity_uri(name), [person], Identity)
+        *_, clip = repository.moving_clips(run.recipe().for_identity(person.overrides), "b" * 64, person)
         made[name] = clip_uri(clip.clip_id, ".mp4")
         storage.write_bytes(run.path(made[name]), b"a clip")
     erasure.delete(run.location, "ada")

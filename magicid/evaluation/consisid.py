@@ -24,6 +24,7 @@ from magicid import storage
 from magicid.clips import encode_mp4
 from magicid.errors import BackboneError, MagicIDError, PhotoError
 from magicid.evaluation.folder import INDEX
+from magicid.identities import check_consent
 from magicid.manifests import ManifestRow, read_manifest
 from magicid.photos import decode_photo
 from magicid.prompts import load_prompts
@@ -155,7 +156,8 @@ def make_clips(
             say(f"{name} is set aside: {error}")
             continue
         for prompt, seed in asked[name]:
-            file = f"{name}/{seed}.mp4"
+            made_of = storage.sha256_json([storage.sha256_bytes(photo.tobytes()), prompt])[:8]
+            file = f"{name}/{seed}-{made_of}.mp4"
             if not storage.exists(storage.join(out, file)):
                 storage.write_bytes(storage.join(out, file), encode_mp4(model.clip(face, prompt, seed), FPS))
                 made += 1
@@ -188,13 +190,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen, overrides = parser.parse_known_args(arguments)
     try:
         recipe = recipes.load(chosen.recipe, recipes.parse_overrides(overrides))
-        rows, _ = read_manifest(chosen.identities)
+        rows, unusable = read_manifest(chosen.identities)
+        for bad in unusable:
+            print(f"{bad.name} is set aside: {bad.problem}; {bad.action}")
         model = ConsisID.from_pretrained(chosen.weights, chosen.device)
         photos = {}
         for row in rows:
             try:
+                check_consent(row, recipe.identities)
                 photos[row.id] = decode_photo(storage.read_bytes(row.photos[0]), row.photos[0], recipe.identities)
-            except PhotoError as error:
+            except MagicIDError as error:
                 print(f"{row.id} is set aside: {error}")
         made = make_clips(model, photos, held_out(recipe, rows), chosen.out)
     except MagicIDError as error:

@@ -26,13 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     plan, folder, say = PLANS[chosen.plan], chosen.out / chosen.plan, clock()
     if chosen.methods:
+        if unknown := set(chosen.methods) - {variant.method for variant in plan.variants}:
+            parser.error(f"the plan {chosen.plan} has no method {', '.join(sorted(unknown))}")
         variants = tuple(variant for variant in plan.variants if variant.method in chosen.methods)
         plan = dataclasses.replace(plan, variants=variants)
     settings = recipe.load(chosen.recipe)
     with measuring(settings, chosen.workers) as pool:
         device = choose_device(chosen.device).type
         for seed in plan.train_seeds:  # one after the other: what is interrupted has whole seeds of everybody
-            rows = Study(dataclasses.replace(plan, train_seeds=(seed,)), settings, pool, folder, device, say).run()
+            own = {f"{name}.seed": getattr(settings, name).seed + 10_000 * seed for name in ("sft", "hpo")}
+            rows = Study(
+                dataclasses.replace(plan, train_seeds=(seed,)), settings.with_overrides(own), pool, folder, device, say
+            ).run()
     say(f"{len(rows)} rows in {folder}; tables and figures: magicid results {folder}")
 
 

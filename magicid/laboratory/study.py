@@ -138,7 +138,7 @@ class Study:
     def _is_measured(self, variant: Variant) -> bool:
         start = self._settings(variant).sft.steps
         steps = [start + max(self.plan.hpo_steps)] if variant.twice else [start + n for n in self.plan.hpo_steps]
-        return all(self.rows.file(variant.method, variant.setting, step).exists() for step in steps)
+        return all(file.exists() for step in steps for file in self._files(variant.method, variant.setting, step))
 
     def _settings(self, variant: Variant) -> Recipe:
         return self.recipe.with_overrides(dict(variant.overrides))
@@ -180,10 +180,12 @@ class Study:
         rates = list(dict.fromkeys(owner.rate for owner in self.owners))
         settings = {rate: f"sft.learning_rate={rate:g}" if self.plan.sft_rates else "" for rate in rates}
         kept = self.rows.folder / f"{method}-{self.rows.suffix}.safetensors"
-        files = [self.rows.file(method, setting, step) for setting in settings.values() for step in at]
+        files = [f for setting in settings.values() for step in at for f in self._files(method, setting, step)]
         if all(file.exists() for file in [kept, *files]):
             flat = safetensors.torch.load_file(kept, device=str(self.device))
-            return {s: {key[5:]: flat[key] for key in flat if key.startswith(f"{s:04d}/")} for s in starts}
+            found = {s: {key[5:]: flat[key] for key in flat if key.startswith(f"{s:04d}/")} for s in starts}
+            if all(found.values()):  # an earlier call may have wanted other starts
+                return found
         caption = for_class(self.recipe.sft.prompt, CLASS_WORD)
         fresh = self._fresh_tokens(caption) if method == "magicme" else self._fresh_adapters()
         trained = train_sft(
@@ -270,7 +272,8 @@ class Study:
                     self._say(f"{variant.method} {variant.setting}: {owner.person.name} has no pairs")
                     continue
                 trainings.append((variant, start, k))
-                preferences.append(Preference(pairs, settings.hpo))
+                draws = {"seed": settings.hpo.seed + before}  # a second round is no copy of the first
+                preferences.append(Preference(pairs, settings.hpo.model_copy(update=draws)))
         if not preferences:
             return None
         rows = [take(trained[start], [k]) for _, start, k in trainings]
@@ -326,20 +329,28 @@ class Study:
     ) -> None:
         """Sample the held-out prompts from adapters and begin to measure them; longer clips from the first ones."""
         owners = [self.owners[k] for k in (members if members is not None else range(len(self.owners)))]
-        lengths: list[int | None] = [None]
-        if not setting and step == self._longest(method):
-            lengths += self.plan.lengths
-        for frames in lengths:
-            key = f"{frames}frames-{self.rows.suffix}" if frames else self.rows.suffix
-            if self.rows.file(method, setting, step, key).exists():
+        for frames, file in zip(self._lengths(method, setting, step), self._files(method, setting, step)):
+            if file.exists():
                 continue
             prompts = self.prompts if frames is None else self.prompts[: max(1, len(self.prompts) // 4)]
             seeds = self.seeds[: len(prompts)]
             clips = self.sampler.decode(self.sampler.sample(population, prompts, seeds, frames=frames))
             whose = [(o, i) for o in owners for i in range(len(prompts))]
             asked = [Asked(o.person, o.seed, prompts[i], seeds[i], f) for (o, i), f in zip(whose, clips)]
-            self.rows.measure(method, setting, step, asked, key)
-        self.rows.collect()
+            self.rows.measure(method, setting, step, asked, self._key(frames))
+        self.rows.collect(wait=self.device.type == "cpu")  # a GPU goes on meanwhile; a CPU has nothing to go on with
+
+    def _lengths(self, method: str, setting: str, step: int) -> list[int | None]:
+        """In how many frames clips are sampled: None, the recipe's, and at the end of some methods others too."""
+        return [None, *(self.plan.lengths if not setting and step == self._longest(method) else ())]
+
+    def _key(self, frames: int | None) -> str:
+        return f"{frames}frames-{self.rows.suffix}" if frames else self.rows.suffix
+
+    def _files(self, method: str, setting: str, step: int) -> list[Path]:
+        """The files of rows after a step, one for each of `_lengths`."""
+        lengths = self._lengths(method, setting, step)
+        return [self.rows.file(method, setting, step, self._key(frames)) for frames in lengths]
 
     def _longest(self, method: str) -> int | None:
         """The step at which a method's clips are sampled in other lengths too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,15 +76,21 @@ def test_clips_lie_as_evaluate_reads_them_and_are_made_once(weights, tmp_path) -
     assert [(clip.identity_id, clip.prompt, clip.seed) for clip in found] == [
         (name, prompt, seed) for name in ("ann", "bob") for prompt, seed in asked[name]
     ]
-    data = {
-        (clip.identity_id, clip.seed): (tmp_path / clip.identity_id / f"{clip.seed}.mp4").read_bytes() for clip in found
-    }
+
+    def file(name: str, seed: int) -> Path:
+        (one,) = (tmp_path / name).glob(f"{seed}-*.mp4")
+        return one
+
+    data = {(clip.identity_id, clip.seed): file(clip.identity_id, clip.seed).read_bytes() for clip in found}
     frames, fps = decode_mp4(data["ann", 7])
     assert (frames.shape, fps) == ((9, 16, 16, 3), 8)
     assert len(set(data.values())) == 4  # every person and seed is another clip
-    (tmp_path / "bob" / "8.mp4").unlink()
+    file("bob", 8).unlink()
     assert make_clips(model, people, asked, out, said.append) == 1
-    assert (tmp_path / "bob" / "8.mp4").read_bytes() == data["bob", 8]
+    assert file("bob", 8).read_bytes() == data["bob", 8]
+    asked["bob"] = [("a man waves", 7), ("a man jumps", 8)]  # another prompt is another clip
+    assert make_clips(model, people, asked, out, said.append) == 1
+    assert ("bob", "a man waves") in {(clip.identity_id, clip.prompt) for clip in list_clips(out)}
 
 
 def test_prompts_and_seeds_are_those_of_a_run() -> None:

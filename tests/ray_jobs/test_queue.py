@@ -178,3 +178,17 @@ def test_waiting_is_counted_by_owner_on_the_given_clock() -> None:
     (ended,) = made.ended()
     assert (ended.seconds, ended.result) == (pytest.approx(20.0), {"loss": 1.0})
     assert made.ended() == []
+
+
+def test_a_late_word_on_a_task_does_not_touch_the_next_one() -> None:
+    made = queue(task("one"), task("two"))
+    made.take("slot")
+    made.call_for("one", "slot", "done", {})
+    made.take("slot")
+    made.call_for("one", "slot", "fail", "late")  # another worker of the slot, about the task before
+    assert made.held()["slot"].task.task_id == "two"
+    made.call_for("two", "slot", "fail", "its own")
+    assert [(ended.task_id, ended.state, ended.error) for ended in made.ended()] == [
+        ("one", "done", None),
+        ("two", "failed", "its own"),
+    ]
