@@ -20,6 +20,8 @@ DIED = "the process died"  # nobody comes back to say more
 REASONS = {"raise": "poison in {stage}", "hang": DIED, "exit": DIED, "allocate": "MemoryError"}
 CAP = 2
 
+pytestmark = pytest.mark.soak  # seventeen people, sixteen of whom hang, die or fill memory: minutes
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
