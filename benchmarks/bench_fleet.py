@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from magicid import ledger, recipe
 from magicid.recipe import Recipe
 from magicid.run import Run
 from ray_jobs.fleet import Fleet
-from ray_jobs.simulation import PHOTOS, Durations, Outcome, overhead, simulate
+from ray_jobs.simulated_cluster import Durations
+from ray_jobs.simulation import PHOTOS, Outcome, overhead, simulate
 
 GPUS = 64
 OWNERS = 3
@@ -109,12 +110,12 @@ def run(identities: int, carried: int, times: int, folder: str) -> dict[str, Any
 
 def _busy(outcome: Outcome, gpus: int) -> dict[str, Any]:
     """The busy part of all GPUs, over the run, by kind and by hour."""
-    kinds: Counter[str] = Counter()
+    kinds: defaultdict[str, float] = defaultdict(float)
     for (_, kind), seconds in outcome.cluster.busy.items():
-        kinds[kind] += round(seconds / outcome.seconds, 2)  # type: ignore[assignment]
-    by_hour: Counter[int] = Counter()
+        kinds[kind] += round(seconds / outcome.seconds, 2)
+    by_hour: defaultdict[int, float] = defaultdict(float)
     for end, _, work in outcome.cluster.served:
-        by_hour[int(end // 3600)] += work / 3600 / gpus  # type: ignore[assignment]
+        by_hour[int(end // 3600)] += work / 3600 / gpus
     return {
         "busy": outcome.busy(gpus),
         "gpus_by_kind": dict(kinds),

@@ -22,7 +22,8 @@ WATCHED_EACH_S = 200  # so many identities are worth a second between two looks:
 
 
 class Driver:
-    """
+    """One run from its manifest to its end.
+
     Args:
         customize: one identity from its manifest row to its adapter; returns the published version.
     """

@@ -16,10 +16,9 @@ import matplotlib
 
 from magicid.evaluation import results
 from magicid.evaluation.intervals import Interval
-from magicid.evaluation.names import MEASURES, method_name, order
+from magicid.evaluation.names import MEASURES, MOTIONS, method_name, order
 from magicid.schema import MetricRow
 
-MOTIONS = ("dynamic_magnitude", "head_motion")
 SETTING_MEASURES = ("face_sim", "dynamic_magnitude", "head_motion", "action")
 TITLES = {
     "face_sim_by_frames": "Identity against the number of frames",

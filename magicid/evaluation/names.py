@@ -20,6 +20,7 @@ METHODS = {
     "beyond": "HPO, others' clips and motion first",
     "renderer": "the renderer (truth)",
 }
+MOTIONS = ("dynamic_magnitude", "head_motion")  # both measures of motion: flow, which jitter raises, and the head's
 MEASURES = {
     "face_sim": "face_sim",
     "face_sim_missing0": "face_sim, no face counts 0",

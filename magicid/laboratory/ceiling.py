@@ -19,8 +19,7 @@ from magicid.backbones import load_backbone
 from magicid.clips import inflate_photo
 from magicid.evaluation.intervals import hierarchical
 from magicid.evaluation.metrics import Metrics
-from magicid.laboratory.people import SEED, people
-from magicid.prompts import for_class, load_prompts
+from magicid.laboratory.people import SEED, heldout_prompts, people
 from magicid.recipe import Recipe
 from magicid.rewards.identity import IdentityReward
 from magicid.world import language
@@ -68,8 +67,7 @@ def measure(recipe: Recipe, count: int = 8, device: str = "cpu") -> list[Row]:
     if faces is None:
         raise ValueError("the recipe names no metric recogniser: set evaluation.identity")
     sampling, backbone = recipe.sampling, load_backbone(recipe, parts=("vae",), device=device)
-    heldout = [for_class(p.text, "person") for p in load_prompts(recipe.prompts) if p.split == "heldout"]
-    pairs = [language.parse(prompt) for prompt in heldout[len(heldout) // 2 :]]  # the half that test people are asked
+    pairs = [language.parse(prompt) for prompt in heldout_prompts(recipe, "test")]
     known = [(action, place) for action, place in pairs if action is not None and place is not None]
     actions, places = (list(column) for column in zip(*known))
     seeds = [recipe.evaluation.seed + i for i in range(len(known))]

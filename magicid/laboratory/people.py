@@ -1,4 +1,4 @@
-"""People of the face world who were in no training: photos, and their references for the reward and for the metric."""
+"""People of the face world who were in no training: their photos, and what they are asked to do."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from magicid.prompts import for_class, load_prompts
+from magicid.recipe import Recipe
 from magicid.world.renderer import render_photos, sample_people
 
+CLASS_WORD = "person"
 SEED = 880_000  # far from the seeds of every training
 
 
@@ -30,3 +33,10 @@ def people(group: str, count: int, photos: int = 6) -> list[Person]:
     offset = {"dev": 0, "test": 1}[group]
     looks = sample_people(count, SEED + offset)
     return [Person(f"{group}-{i}", render_photos(look, photos, SEED + 10 * i + offset)) for i, look in enumerate(looks)]
+
+
+def heldout_prompts(recipe: Recipe, group: str) -> list[str]:
+    """The held-out prompts of a group: the first half for `dev`, the second for `test`."""
+    heldout = [for_class(p.text, CLASS_WORD) for p in load_prompts(recipe.prompts) if p.split == "heldout"]
+    half = len(heldout) // 2
+    return heldout[:half] if group == "dev" else heldout[half:]

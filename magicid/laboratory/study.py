@@ -18,7 +18,7 @@ from magicid.laboratory.clips import Bank, Sampler, TextBank, still_copy, wanted
 from magicid.laboratory.measuring import Measuring
 from magicid.laboratory.methods import TOKENS_COUNT, TOKENS_RATE, Plan, Variant
 from magicid.laboratory.pairs import make_pairs
-from magicid.laboratory.people import SEED, Person, people
+from magicid.laboratory.people import CLASS_WORD, SEED, Person, heldout_prompts, people
 from magicid.laboratory.population import Stack, StackedLora, take
 from magicid.laboratory.rows import Asked, Rows
 from magicid.laboratory.training import Preference, train_hpo, train_sft
@@ -30,8 +30,6 @@ from magicid.selection import with_identity_reward
 from magicid.training.tokens import TOKENS, first_tokens
 from magicid.world import language
 from magicid.world.renderer import render_clips, sample_people
-
-CLASS_WORD = "person"
 
 
 @dataclass(frozen=True)
@@ -85,11 +83,8 @@ class Study:
         self.sampler = Sampler(backbone, adapters, TextBank(backbone, self.device), self.device)
         motion = MotionReward.from_pretrained(weights.resolve(recipe.rewards.motion), device)
         self.bank = Bank(motion, recipe.sampling.fps)
-        prompts = load_prompts(recipe.prompts)
-        self.training = [for_class(p.text, CLASS_WORD) for p in prompts if p.split == "training"]
-        heldout = [for_class(p.text, CLASS_WORD) for p in prompts if p.split == "heldout"]
-        half = len(heldout) // 2
-        heldout = heldout[:half] if plan.group == "dev" else heldout[half:]
+        self.training = [for_class(p.text, CLASS_WORD) for p in load_prompts(recipe.prompts) if p.split == "training"]
+        heldout = heldout_prompts(recipe, plan.group)
         if len(heldout) < plan.prompts:
             raise ValueError(f"{plan.prompts} prompts are wanted, half of the set has {len(heldout)}")
         self.prompts = heldout[: plan.prompts]
@@ -197,6 +192,7 @@ class Study:
             for rate, setting in settings.items():
                 members = [k for k, owner in enumerate(self.owners) if owner.rate == rate]
                 self._held_out(method, setting, step, take(weights_, members), members)
+        self._keep()
         return trained
 
     def _fresh_adapters(self) -> Stack:
@@ -291,6 +287,7 @@ class Study:
                     own = take(population, [i for i, _ in members])
                     adapters = [k for _, k in members]
                     self._held_out(variant.method, variant.setting, behind + steps, own, adapters)
+        self._keep()
         return made[max(at)] if len(preferences) == len(variants) * len(self.owners) else None
 
     def _two_rounds(
@@ -338,7 +335,11 @@ class Study:
             whose = [(o, i) for o in owners for i in range(len(prompts))]
             asked = [Asked(o.person, o.seed, prompts[i], seeds[i], f) for (o, i), f in zip(whose, clips)]
             self.rows.measure(method, setting, step, asked, self._key(frames))
-        self.rows.collect(wait=self.device.type == "cpu")  # a GPU goes on meanwhile; a CPU has nothing to go on with
+        self.rows.collect()
+
+    def _keep(self) -> None:
+        """Write what is finished before hours of other training; a GPU is through in minutes and goes on meanwhile."""
+        self.rows.collect(wait=self.device.type == "cpu")
 
     def _lengths(self, method: str, setting: str, step: int) -> list[int | None]:
         """In how many frames clips are sampled: None, the recipe's, and at the end of some methods others too."""

@@ -96,6 +96,7 @@ def build_report(run: Run, limit: int = 50) -> str:
         headline=headline,
         sentences=sentences,
         planes=drawn,
+        planes_of=whom[0].identity_id if whom else "",
         metrics=[comparison.METRIC_NAMES[metric] for metric in comparison.shown(pooled + estimates)],
         method_names=comparison.METHOD_NAMES,
         stage_names={"sft": "SFT", "hpo": "HPO"},

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from magicid.evaluation.names import MOTIONS
 from magicid.evaluation.table import METHODS, NAMES, TITLES, Estimate
 from magicid.report import svg
 
-MOTIONS = ("dynamic_magnitude", "head_motion")
 IDENTITY = "face_sim"
 
 

@@ -19,7 +19,8 @@ from magicid.recipe import Recipe
 from magicid.run import Run, identity_uri
 from magicid.schema import MetricRow, ScoredClip
 from ray_jobs.fleet import Fleet
-from ray_jobs.simulation import EPOCH, Durations, Outcome, simulate
+from ray_jobs.simulated_cluster import Durations
+from ray_jobs.simulation import EPOCH, Outcome, simulate
 from tests.ray_jobs.test_queue import jain
 
 GPUS = 8  # four slots and four generators

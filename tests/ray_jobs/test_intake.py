@@ -50,6 +50,8 @@ def test_who_comes_next_is_checked_ahead_and_a_changed_row_anew(tmp_path: Path) 
         assert await check(ada) == 5
         assert run.identity_ids() == ["ada"]  # the others are not begun
         assert all(run.has(ahead_uri(row.id)) for row in (bruno, chidi, dana))
+        tried = [name.rsplit("/", 1)[-1] for name in storage.list_files(run.path("attempts", "job"), ".json")]
+        assert tried == ["identity-ada.json"], "a check ahead takes no try away"
 
         intake.following = lambda number: []
         assert await check(bruno) == 6
@@ -61,5 +63,12 @@ def test_who_comes_next_is_checked_ahead_and_a_changed_row_anew(tmp_path: Path) 
         assert await check(dataclasses.replace(chidi, photos=chidi.photos[:3], consent="another")) == 3
         assert (len(passes), run.identity("chidi").consent) == (2, "another")
         assert storage.list_files(run.path("identities"), "ahead.json") == []
+
+        storage.write_json(run.path(ahead_uri("eve")), {})
+        storage.write_bytes(run.path("identities/eve/photo-1.png"), b"a photo")
+        await intake.forget("eve")  # her turn does not come
+        await intake.forget("ada")  # whose turn came
+        assert storage.list_files(run.path("identities/eve")) == []
+        assert run.has("identities/ada/identity.parquet")
 
     asyncio.run(scenario())
