@@ -69,4 +69,11 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
         (tmp_path / "paper-0004-seed5.parquet").unlink()
         again, said = run(settings, pool, tmp_path)
         assert [line.split()[0] for line in said if "loss" in line] == ["hpo"] * 2, "only this one is trained again"
-        assert again == rows
+        assert again.keys() == rows.keys()
+        for key, row in rows.items():  # a CPU rounds by where a tensor lies in memory: the last digits may differ
+            columns, others = vars(row), vars(again[key])
+            if row.method != "paper":
+                assert others == columns
+            for name, value in columns.items():
+                rounded = isinstance(value, (float, list))
+                assert others[name] == (pytest.approx(value, rel=1e-3, abs=1e-3) if rounded else value), name
