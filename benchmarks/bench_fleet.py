@@ -6,9 +6,9 @@
 What is real and what is not: ray_jobs/simulation.py. For each size, in a process of its own: a manifest of so many rows
 is planned, then worked on for as long as 64 GPUs need for `--carried` identities, while the others wait. Printed: time,
 CPU and peak memory of planning; the driver's CPU for each identity, which is its part of planning and as much work as
-one identity is; the same of the queues' actor. What the simulation's own loop takes for as many sleepers as there were
-pieces of work is measured apart and not counted. `--whole N`: N identities to the last one, and the busy part of 64
-GPUs. These are split as the work is, for the durations assumed: 29 slots, 33 generators and 2 GPUs of scorers.
+one identity is; the same of the queues' actor. What the simulation's own loop takes to go on as often with workers that
+do nothing is measured apart and not counted. `--whole N`: N identities to the last one, and the busy part of 64 GPUs.
+These are split as the work is, for the durations assumed: 29 slots, 33 generators and 2 GPUs of scorers.
 `--times N`: N times as many GPUs.
 """
 
@@ -91,7 +91,7 @@ def run(identities: int, carried: int, times: int, folder: str) -> dict[str, Any
     lasts_s = None if carried >= identities else carried * each / gpus
     outcome = simulate(used, str(manifest), folder + "/run", rows=False, meanwhile=planned, lasts_s=lasts_s)
     worked, planning_s = outcome.busy(gpus) * gpus * outcome.seconds / each, found["plan_cpu_s"]
-    simulation_s = overhead(used, len(outcome.cluster.served))
+    simulation_s = overhead(used, outcome.cluster.steps)
     working_s = outcome.cpu["driver"] - planning_s - simulation_s
     return {
         "identities": identities,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import ray.exceptions
 
@@ -35,6 +36,7 @@ class Driver:
         self._driving, self._looked = False, 0.0
         self._idle_since: dict[str, float] = {}
         self._sent_home: dict[str, bool] = {}
+        self._noted: dict[str, dict[str, Any]] = {}  # what each training said last
         self._told: MagicIDError | None = None
 
     async def run(self, manifest: str) -> None:
@@ -109,8 +111,11 @@ class Driver:
         for ended in view.ended[CLIPS]:
             fleet.pipeline.gave_up(ended)
         for held in view.held[TRAINING].values():
-            identity_id, stage = held.task.task_id.rsplit("/", 1)
-            fleet.progress(identity_id, stage, held.note.get("step", 0), held.task.cost, held.note.get("metrics", {}))
+            if self._noted.get(held.task.task_id) != held.note:  # most have nothing new between two looks
+                identity_id, stage = held.task.task_id.rsplit("/", 1)
+                step, metrics = held.note.get("step", 0), held.note.get("metrics", {})
+                fleet.progress(identity_id, stage, step, held.task.cost, metrics)
+        self._noted = {held.task.task_id: held.note for held in view.held[TRAINING].values()}
         if lost := fleet.slots.adjust(view.waiting[TRAINING], view.held[TRAINING]):
             fleet.display.say(f"a training slot ended: {lost.splitlines()[0]}", "yellow")
         self._send_home(TRAINING, idle=not view.waiting[TRAINING] and not view.held[TRAINING])

@@ -81,6 +81,7 @@ class Cluster:
         busy: device-seconds, by owner and by what was kept busy.
         cpu: real seconds of this process's CPU spent on what other processes do in a real job: `far`, the workers'
             side, and `queues`, the actor beside the driver.
+        steps: how often the loop went on with something of the workers' side.
     """
 
     def __init__(self, recipe: Recipe, durations: Durations, seed: int) -> None:
@@ -88,6 +89,7 @@ class Cluster:
         self.busy: defaultdict[tuple[str, str], float] = defaultdict(float)
         self.served: list[tuple[float, str, float]] = []  # (end, owner, device-seconds) of each piece of work
         self.cpu: defaultdict[str, float] = defaultdict(float)
+        self.steps = 0
         self._others = 0.0  # CPU of what a step called and that is on another account
         self._random = random.Random(seed)
 
@@ -111,6 +113,7 @@ class Cluster:
         value: Any = None
         while True:
             began, others = time.thread_time(), self._others
+            self.steps += account == "far"
             try:
                 waits_for = send(value)
             except StopIteration as stop:

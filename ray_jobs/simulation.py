@@ -361,15 +361,15 @@ async def _simulate(
     return Outcome(loop.time(), cluster, ledger, far.published, slots.trained, pools.made_twice)
 
 
-def overhead(recipe: Recipe, pieces: int, at_once: int = 100) -> float:
-    """Real CPU seconds that the simulation itself takes for so many pieces of work: its loop, its clock and the reading
-    of CPU time, on which nobody works. A job has none of it; `Outcome.cpu` counts it as the driver's."""
+def overhead(recipe: Recipe, steps: int, at_once: int = 100) -> float:
+    """Real CPU seconds that the simulation itself takes for so many `Cluster.steps`, with workers that do nothing: its
+    loop, its clock, the reading of CPU time. A job has none of it; `Outcome.cpu` counts it as the driver's."""
 
     async def idle() -> float:
         cluster = Cluster(recipe, Durations(), 0)
 
         async def worker() -> None:
-            for _ in range(pieces // at_once):
+            for _ in range(steps // at_once):
                 await cluster.work("", "", 0.0, 1.0)
 
         began = time.process_time()
