@@ -291,6 +291,7 @@ class Evaluation(Section):
     identity: str = Field("", description="an insightface folder, not the reward's")
     detection_size: int = Field(0, ge=0, description="square input of its face detector, px; 0: as for the reward")
     motion: str = Field("dis", description="a RAFT folder, not the reward's, or dis: OpenCV's DIS flow")
+    vbench: str = Field("", description="VBench's raft-things.pth, for its own dynamic degree; needs its package")
     pose: str = Field("", description="world:pose, or landmarks: by the five points of the face detector")
     clip: str = Field("", description="a transformers CLIP folder; empty: the classifier's features where there are")
     video: str = Field("", description="a folder with the I3D TorchScript file; empty: likewise")

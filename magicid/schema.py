@@ -189,6 +189,7 @@ class MetricRow:
     error: str | None = None
     face_sim_missing0: float | None = None  # as face_sim, a frame without a face counts 0
     dynamic_degree: float | None = None  # 1 dynamic, 0 not, by VBench's rule
+    dynamic_degree_vbench: float | None = None  # the same by VBench's own package
     head_motion: float | None = None  # half head heights per second
     temporal_flickering: float | None = None  # VBench's, 0..1; 1 is frozen
     warp_error: float | None = None  # grey levels 0..255

@@ -17,9 +17,9 @@ from magicid.evaluation.names import method_name, order
 from magicid.schema import MetricRow
 
 DIGITS = {
-    "face_sim": 3, "face_sim_missing0": 3, "face_detect_rate": 3, "dynamic_degree": 2, "dynamic_magnitude": 2,
-    "head_motion": 2, "temporal_flickering": 4, "warp_error": 2, "temporal_consistency": 4, "clip_t": 2, "clip_i": 2,
-    "action": 2, "place": 2, "prompt_score": 2,
+    "face_sim": 3, "face_sim_missing0": 3, "face_detect_rate": 3, "dynamic_degree": 2, "dynamic_degree_vbench": 2,
+    "dynamic_magnitude": 2, "head_motion": 2, "temporal_flickering": 4, "warp_error": 2, "temporal_consistency": 4,
+    "clip_t": 2, "clip_i": 2, "action": 2, "place": 2, "prompt_score": 2,
 }  # fmt: skip
 
 

@@ -20,13 +20,15 @@ from magicid.evaluation.names import MEASURES, MOTIONS, method_name, order
 from magicid.schema import MetricRow
 
 SETTING_MEASURES = ("face_sim", "dynamic_magnitude", "head_motion", "action")
+SETTINGS = ("hpo.beta", "hpo.learning_rate", "sft.learning_rate")
 TITLES = {
     "face_sim_by_frames": "Identity against the number of frames",
     "motion_by_step": "Motion against training steps",
     "identity_against_motion_dynamic_magnitude": "Identity against motion by optical flow",
     "identity_against_motion_head_motion": "Identity against motion of the head",
-    "settings_beta": "Held-out measures against beta",
-    "settings_learning_rate": "Held-out measures against the learning rate",
+    "settings_hpo_beta": "Held-out measures against beta",
+    "settings_hpo_learning_rate": "Held-out measures against the learning rate of HPO",
+    "settings_sft_learning_rate": "Held-out measures against the learning rate of SFT",
 }
 _COLOURS = (
     "#6b7280",
@@ -61,9 +63,9 @@ def draw_all(rows: Sequence[MetricRow]) -> dict[str, Pictures]:
         drawn["face_sim_by_frames"] = face_sim_by_frames(plain)
     if _several(plain, "step"):
         drawn["motion_by_step"] = motion_by_step(plain)
-    for key in ("beta", "learning_rate"):
-        if any(setting_value(row.setting, key) is not None for row in rows):
-            drawn[f"settings_{key}"] = by_setting(rows, key)
+    for key in SETTINGS:
+        if setting_lines(results.last_steps(rows), key):
+            drawn[f"settings_{key.replace('.', '_')}"] = by_setting(rows, key)
     return drawn
 
 
@@ -117,35 +119,58 @@ def motion_by_step(rows: Sequence[MetricRow]) -> Pictures:
 
 
 def by_setting(rows: Sequence[MetricRow], key: str) -> Pictures:
-    """Held-out measures of the last step against one setting, on a logarithmic axis."""
-    last = results.last_steps(rows)
-    values = {row.setting: setting_value(row.setting, key) for row in last}
-    own = [row for row in last if values[row.setting] is not None]
+    """Held-out measures of the last step against one setting, on a logarithmic axis.
+
+    A line joins what differs in that setting and in nothing else; what has one value of it alone is left out.
+    """
+    lines = setting_lines(results.last_steps(rows), key)
+    names = _differences([rest for _, rest in lines])
 
     def draw(figure: Any) -> None:
         panels = figure.subplots(1, len(SETTING_MEASURES))
         for axes, measure in zip(panels, SETTING_MEASURES):
-            for method, colour in _methods(own):
-                members = [row for row in own if row.method == method]
-                points = []
-                for value in sorted({v for v in values.values() if v is not None}):
-                    interval = results.estimate([r for r in members if values[r.setting] == value], measure)
-                    if interval:
-                        points.append((value, interval))
-                _bars(axes, points, method_name(method), colour)
+            for number, ((method, _), own) in enumerate(lines.items()):
+                points = [(value, found) for value, part in own if (found := results.estimate(part, measure))]
+                name = method_name(method) + (f": {names[number]}" if names[number] else "")
+                _bars(axes, points, name, _COLOURS[(number + 1) % len(_COLOURS)])
+            ticks = sorted({value for own in lines.values() for value, _ in own})
             axes.set_xscale("log")
-            axes.set_xlabel(key.replace("_", " "))
+            axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+            axes.minorticks_off()
+            axes.set_xlabel(key)
             axes.set_ylabel(MEASURES[measure])
-        panels[0].legend(loc="best")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", fontsize=7)
 
-    return _pictures(draw, (12.0, 3.2))
+    return _pictures(draw, (12.0, 3.2 + 0.14 * len(lines)))
+
+
+Line = tuple[str, tuple[str, ...]]
+"""A method, and the parts of its setting that all points of a line have."""
+
+
+def setting_lines(rows: Sequence[MetricRow], key: str) -> dict[Line, list[tuple[float, list[MetricRow]]]]:
+    """Rows that differ in nothing but a setting: method and the rest of it -> (value, rows) by rising value."""
+    found: dict[Line, dict[float, list[MetricRow]]] = {}
+    for row in rows:
+        value = setting_value(row.setting, key)
+        if value is not None:
+            parts = [part.strip() for part in row.setting.split(",")]
+            rest = tuple(part for part in parts if setting_value(part, key) is None)
+            found.setdefault((row.method, rest), {}).setdefault(value, []).append(row)
+    return {line: sorted(values.items()) for line, values in found.items() if len(values) > 1}
+
+
+def _differences(settings: Sequence[tuple[str, ...]]) -> list[str]:
+    """Each setting without the parts that all of them have."""
+    shared = set(settings[0]).intersection(*settings) if settings else set()
+    return [", ".join(part for part in parts if part not in shared) for parts in settings]
 
 
 def setting_value(setting: str, key: str) -> float | None:
-    """The number that a setting `key=value, ...` gives a key, with or without its section; None where it does not."""
+    """The number that a setting `key=value, ...` gives a key, section and all; None where it does not."""
     for part in setting.split(","):
         name, equals, text = part.strip().partition("=")
-        if equals and name.split(".")[-1] == key:
+        if equals and name == key:
             try:
                 return float(text)
             except ValueError:

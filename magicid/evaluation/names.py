@@ -26,6 +26,7 @@ MEASURES = {
     "face_sim_missing0": "face_sim, no face counts 0",
     "face_detect_rate": "faces found",
     "dynamic_degree": "dynamic degree",
+    "dynamic_degree_vbench": "dynamic degree, VBench's own",
     "dynamic_magnitude": "dynamic_magnitude (px at 256)",
     "head_motion": "head motion (half heads / s)",
     "temporal_flickering": "temporal flickering",

@@ -19,7 +19,8 @@ from magicid.evaluation.intervals import Interval, Statistic, difference, hierar
 from magicid.schema import MetricRow
 
 MEASURES = (
-    "face_sim", "face_sim_missing0", "face_detect_rate", "dynamic_degree", "dynamic_magnitude", "head_motion",
+    "face_sim", "face_sim_missing0", "face_detect_rate", "dynamic_degree", "dynamic_degree_vbench",
+    "dynamic_magnitude", "head_motion",
     "temporal_flickering", "warp_error", "temporal_consistency", "clip_t", "clip_i", "action", "place", "prompt_score",
 )  # fmt: skip
 """The columns that have a mean; the Fréchet distance is one of sets."""

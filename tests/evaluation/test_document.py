@@ -63,10 +63,18 @@ def test_length_and_settings_have_figures_of_their_own() -> None:
     tuned = [
         dataclasses.replace(r, setting=f"hpo.beta={b}", head_motion=1.0, action=1.0) for r in rows for b in (50, 500)
     ]
-    assert set(figures.draw_all(tuned)) == {"settings_beta"}
-    assert figures.setting_value("hpo.beta=50, sft.steps=3", "beta") == 50
-    assert figures.setting_value("rewards=id", "beta") is None
-    assert figures.setting_value("beta=all", "beta") is None
+    assert set(figures.draw_all(tuned)) == {"settings_hpo_beta"}
+    assert figures.draw_all([r for r in tuned if r.setting == "hpo.beta=50"]) == {}, "one value makes no line"
+    assert figures.setting_value("hpo.beta=50, sft.steps=3", "hpo.beta") == 50
+    assert figures.setting_value("rewards=id", "hpo.beta") is None
+    assert figures.setting_value("hpo.beta=all", "hpo.beta") is None
+
+
+def test_a_line_joins_what_differs_in_one_setting_only() -> None:
+    settings = ("hpo.beta=500, frozen", "hpo.beta=50, frozen", "hpo.beta=50", "hpo.beta=70, others")
+    rows = [dataclasses.replace(row("1", "ann", "hpo", 0.5), setting=setting) for setting in settings]
+    (line,) = figures.setting_lines(rows, "hpo.beta").items()
+    assert line == (("hpo", ("frozen",)), [(50.0, [rows[1]]), (500.0, [rows[0]])])
 
 
 def test_the_table_holds_the_last_step_of_each_method(tmp_path) -> None:

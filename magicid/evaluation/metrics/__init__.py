@@ -6,6 +6,7 @@
 | `face_sim_missing0`    | faces.py   | the same, a frame without a face counts 0                                   |
 | `face_detect_rate`     | faces.py   | share of these frames in which a face was found                             |
 | `dynamic_degree`       | motion.py  | VBench: 1 when enough pairs of frames have large flow, else 0               |
+| `..._vbench`           | vbench.py  | the same by VBench's own package, where it is installed                     |
 | `dynamic_magnitude`    | motion.py  | the value behind it: mean top-5 % flow at a shorter side of 256 px          |
 | `head_motion`          | pose.py    | path length of the smoothed head pose, half head heights per second         |
 | `temporal_flickering`  | flicker.py | VBench: 1 - mean absolute difference of consecutive frames                  |

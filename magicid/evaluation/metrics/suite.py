@@ -16,6 +16,7 @@ from magicid.evaluation.metrics.flicker import FlickerMetrics
 from magicid.evaluation.metrics.motion import MotionMetrics, raft_flow
 from magicid.evaluation.metrics.pose import LandmarkPose, PoseMetrics
 from magicid.evaluation.metrics.sample import Columns, Metric, Sample
+from magicid.evaluation.metrics.vbench import VBenchMetrics
 from magicid.evaluation.metrics.video import ClassifierVideoEmbedder, I3DEmbedder, VideoMetrics
 from magicid.rewards.frames import checked_frames
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 DIS, LANDMARKS = "dis", "landmarks"
 COLUMNS = (
-    "face_sim", "face_sim_missing0", "face_detect_rate", "dynamic_degree", "dynamic_magnitude", "head_motion",
+    "face_sim", "face_sim_missing0", "face_detect_rate", "dynamic_degree", "dynamic_degree_vbench",
+    "dynamic_magnitude", "head_motion",
     "temporal_flickering", "warp_error", "temporal_consistency", "clip_t", "clip_i", "action", "place", "prompt_score",
     "video_features",
 )  # fmt: skip
@@ -77,6 +79,8 @@ class Metrics:
             parts.append(MotionMetrics(threads=threads))
         elif wanted.motion:
             parts.append(MotionMetrics(raft_flow(resolve(wanted.motion), device), 1))
+        if wanted.vbench:
+            parts.append(VBenchMetrics.from_pretrained(wanted.vbench, device))
         if wanted.pose == LANDMARKS and faces is not None:
             parts.append(PoseMetrics(LandmarkPose(faces)))
         elif wanted.pose and wanted.pose != LANDMARKS:
