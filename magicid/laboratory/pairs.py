@@ -3,11 +3,13 @@
 caption     a static winner is trained under the SFT caption, not under its loser's action
 dominates   P_dy: the winner is better in all rewards than its loser, not only on the other front
 by-motion   as `dominates`, the largest gaps in R_dy first instead of R_id
+panned      P_id: a copy of the photo that moves as a whole wins, not the photo held still
 others      also a clip of V_t against another person's of the same prompt and seed: nothing but the person differs
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +19,7 @@ from magicid.laboratory.methods import BOTH, Variant
 from magicid.schema import Pair, ScoredClip
 from magicid.selection import DYNAMIC_PAIR, STATIC_PAIR, STILL_PAIR, dominates, select_pairs
 
-DOMINATES, BY_MOTION, OTHERS = "dominates", "by-motion", "others"
+DOMINATES, BY_MOTION, OTHERS, PANNED = "dominates", "by-motion", "others", "panned"
 
 
 def make_pairs(
@@ -30,11 +32,14 @@ def make_pairs(
     """The pairs of one adapter.
 
     Args:
-        clips: V_s, and its V_t, V_id and V_still, with R_id against the person.
+        clips: V_s, and its V_t, V_id, V_mov and V_still, with R_id against the person.
         foreign: V_t of the other people, of the same training seed.
     """
     kinds = (STATIC_PAIR, DYNAMIC_PAIR, STILL_PAIR) if variant.pairs == BOTH else (variant.pairs,)
     pairs = [p for p in select_pairs(person, clips, settings).pairs if p.kind in kinds]
+    if PANNED in variant.readings:
+        panned = [clip for clip in clips if clip.kind == schema.MOVING_CLIP]
+        pairs = [_with_winner(p, panned[p.rank % len(panned)]) if p.kind == STATIC_PAIR else p for p in pairs]
     if variant.readings & {DOMINATES, BY_MOTION}:
         pairs = [p for p in pairs if p.kind != DYNAMIC_PAIR]
         if variant.pairs != STATIC_PAIR:
@@ -44,6 +49,12 @@ def make_pairs(
             same = [f for f in foreign if (f.prompt, f.seed) == (clip.prompt, clip.seed)]
             pairs += [_pair(person, clip, f.clip_id, "others") for f in same[:1]]
     return pairs
+
+
+def _with_winner(pair: Pair, winner: ScoredClip) -> Pair:
+    return dataclasses.replace(
+        pair, pair_id=f"{pair.pair_id}/{winner.clip_id}", winner_id=winner.clip_id, winner_kind=winner.kind
+    )
 
 
 def _dominating(person: str, clips: Sequence[ScoredClip], settings: recipe.Selection, *, by_motion: bool) -> list[Pair]:

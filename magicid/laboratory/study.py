@@ -47,7 +47,7 @@ Start = tuple[int, int]
 
 @dataclass(frozen=True)
 class Repository:
-    """Scored clips of one adapter: V_s, its V_t and V_id; and V_still, which nobody scores."""
+    """Scored clips of one adapter: V_s, its V_t and V_id; and V_still and V_mov, which nobody scores."""
 
     owner: Owner
     clips: list[ScoredClip]
@@ -226,9 +226,18 @@ class Study:
             mine = [*self._base_clips, *scored[position : position + count]]
             mine = with_identity_reward(mine, self.references[owner.person.name][0])
             copies = [still_copy(clip) for clip in mine if clip.kind == schema.TRAINED_CLIP]
-            found.append(Repository(owner, [*mine, *copies]))
+            found.append(Repository(owner, [*mine, *copies, *self._moving_copies(start, owner, caption)]))
             position += count
         return found
+
+    def _moving_copies(self, start: Start, owner: Owner, caption: str) -> list[ScoredClip]:
+        """V_mov of one adapter's person, their latents kept; nobody scores them."""
+        count = start[0] * len(owner.person.photos)
+        training = f"{start[0]}-{start[1]}/{owner.seed}/{owner.rate:g}"
+        clips = wanted(schema.MOVING_CLIP, owner.person.name, [caption] * count, [0] * count, training=training)
+        if clips:
+            self.bank.add([clip.clip_id for clip in clips], self.sampler.moving(owner.person.photos, start[0]))
+        return clips
 
     def _preferences(
         self,

@@ -51,6 +51,13 @@ def test_still_copies_are_the_trainers_own_in_every_reading() -> None:
     assert {p.kind for p in make_pairs(Variant("p_dy", ONLY_DYNAMIC), "ada", clips, (), settings)} == {"P_dy"}
 
 
+def test_a_moving_copy_of_the_photo_wins_where_the_photo_would() -> None:
+    moving = [clip(name, schema.MOVING_CLIP, 0.0, 0.0, 0.0, prompt="a person") for name in ("one", "two")]
+    made = make_pairs(Variant("hpo", readings=frozenset({"panned"})), "ada", [*CLIPS, *moving], (), SETTINGS)
+    assert [(p.winner_id, p.loser_id, p.winner_kind) for p in made if p.kind == "P_id"] == [("one", "base", "V_mov")]
+    assert {(p.winner_id, p.loser_id) for p in made if p.kind == "P_dy"} == sides("", ONLY_DYNAMIC)
+
+
 def test_another_person_of_the_same_prompt_and_seed_loses() -> None:
     same = clip("bo", schema.TRAINED_CLIP, 0.0, 0.6, 9.0, prompt=GOOD.prompt)
     other = clip("cy", schema.TRAINED_CLIP, 0.0, 0.6, 9.0, prompt=GOOD.prompt, seed=1)
