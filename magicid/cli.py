@@ -159,7 +159,7 @@ def delete_identity(
 
     Exit code 1 when something still names the person. An endpoint's videos are its own: DELETE /v1/identities/ID first.
     """
-    from magicid import erasure, storage
+    from magicid import erasure, lease, storage
     from magicid.erasure_proof import scan
     from magicid.run import Run
 
@@ -179,7 +179,11 @@ def delete_identity(
         nothing = "" if gone else f"nothing of {identity} was there; "
         verdict = f"{len(left.found)} name {identity}" if left.found else f"none names {identity}"
         typer.echo(f"{storage.public_name(place)}: {nothing}looked at what is left ({looked}): {verdict}")
-        told.append({"run": place, "removed": gone, "scanned": dict(left.scanned), "named_in": left.found})
+        driven = lease.alive(lease.newest(Run(place)))
+        if driven:
+            typer.echo("a driver is at work there: it removes what it has in hand; run this again after it", err=True)
+        looked_at = {"scanned": dict(left.scanned), "named_in": left.found, "driver_at_work": driven}
+        told.append({"run": place, "removed": gone, **looked_at})
     if proof:
         storage.write_json(proof, {"identity_sha256": erasure.tombstone(identity), "at": now(), "runs": told})
     if any(run["named_in"] for run in told):

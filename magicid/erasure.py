@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from magicid import adapters, repository, schema, storage
 from magicid.errors import AdapterError, IdentityError, MagicIDError, StorageError
-from magicid.run import Run, training_uri
+from magicid.run import Run, clip_uri, training_uri
 from magicid.schema import Prompt
 
 TOMBSTONES = "erased"
@@ -84,6 +84,35 @@ def delete(location: str, identity_id: str) -> list[str]:
     return gone
 
 
+def keep_in_hand(location: str, identity_id: str, clip_ids: Iterable[str]) -> None:
+    """Note in a person's tombstone which clips were being made when the driver heard of it; no row names them yet.
+
+    Raises:
+        StorageError: it could not be written.
+    """
+    file = Run(location).path(TOMBSTONES, f"{tombstone(identity_id)}.json")
+    found = storage.read_json(file)
+    storage.write_json(file, {**found, "in_hand": sorted({*found.get("in_hand", []), *clip_ids})})
+
+
+def sweep(location: str, identity_id: str) -> None:
+    """Remove what workers wrote of an erased person before they heard of it. It looks where such things lie, and at
+    nothing else, so it is cheap in a large run.
+
+    Raises:
+        StorageError: something could not be read or removed; calling again goes on.
+    """
+    run = Run(location)
+    clips = [clip_uri(mark, suffix) for mark in traces_of(run, identity_id) for suffix in (".mp4", ".safetensors")]
+    own = [
+        f"{folder}/{identity_id}{end}" for folder in sorted(PERSONAL) for end in ("", ".parquet", ".rejected.parquet")
+    ]
+    _remove(run, clips)  # before the tables that name them
+    with suppress(AdapterError):
+        adapters.delete(location, identity_id)
+    _remove(run, own)
+
+
 def erase_person(location: str, identity_id: str) -> list[str]:
     """Remove what the run at `location` holds of a person, all but published adapters: those an endpoint needs to the
     end, to know whose they are.
@@ -107,7 +136,7 @@ def erase_person(location: str, identity_id: str) -> list[str]:
     for name in files(run):
         if names_in_path(name, identity_id, marks):
             own += [] if name.startswith("adapters/") else [name]
-        elif name.split("/")[0] not in PERSONAL | {"clips", "text", "attempts", "ray_train"}:
+        elif name.split("/")[0] not in PERSONAL | {"clips", "text", "attempts", "ray_train", TOMBSTONES}:
             shared.append(name)
     for name in shared:  # before the person's own tables, from which the traces are read
         gone += _without(run, name, identity_id, marks)
@@ -122,13 +151,14 @@ def erase_person(location: str, identity_id: str) -> list[str]:
 def traces_of(run: Run, identity_id: str) -> set[str]:
     """Hashes by which the run names what was made of a person, from the person's own files: clips, pairs, adapters.
 
-    Clips are named by what they were made from, so those that no row has yet are among them. Those of the shared base
-    model are not.
+    Clips are named by what they were made from, so those that no row has yet are among them; and those that a driver
+    had in hand when it heard of the erasure. Those of the shared base model are not.
     """
     rows = [row for folder in ("scored", "evaluation", "curve", "pairs") for row in _rows(run, folder, identity_id)]
     rows = [row for row in rows if row.get("method") != "base"]
     manifests = storage.list_files(run.path("adapters", identity_id), f"/{adapters.MANIFEST_NAME}")
-    for read in [partial(storage.read_json, file) for file in manifests] + [partial(_wanted, run, identity_id)]:
+    sources = [partial(storage.read_json, file) for file in manifests]
+    for read in [*sources, partial(_wanted, run, identity_id), partial(_in_hand, run, identity_id)]:
         try:
             found = read()
             rows += found if isinstance(found, list) else [found]
@@ -143,6 +173,12 @@ def _rows(run: Run, folder: str, identity_id: str) -> Iterator[dict[str, Any]]:
     one = run.path(folder, f"{identity_id}.parquet")
     for file in storage.list_files(run.path(folder, identity_id), ".parquet") + ([one] if storage.exists(one) else []):
         yield from storage.read_table(file)
+
+
+def _in_hand(run: Run, identity_id: str) -> list[dict[str, Any]]:
+    """What a driver had in hand, by the person's tombstone. Raises StorageError where there is none."""
+    found = storage.read_json(run.path(TOMBSTONES, f"{tombstone(identity_id)}.json"))
+    return [{"clip_id": name} for name in found.get("in_hand", [])]
 
 
 def _wanted(run: Run, identity_id: str) -> list[dict[str, Any]]:

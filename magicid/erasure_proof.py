@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from magicid import storage
-from magicid.erasure import AT_ONCE, HEX, files, mentions, named, names_in_path
+from magicid.erasure import AT_ONCE, HEX, TOMBSTONES, files, mentions, named, names_in_path
 from magicid.errors import StorageError
 from magicid.run import Run
 
@@ -64,6 +64,8 @@ def scan(location: str, identity_id: str, marks: set[str]) -> Proof:
 
 def _look(run: Run, name: str, identity_id: str, marks: set[str]) -> tuple[str, bool]:
     location = run.path(name)
+    if name.startswith(f"{TOMBSTONES}/"):  # hashes, of an id and of clips that must not come back
+        return "names alone", False
     if name in _OF_THE_RUN:
         data = storage.read_bytes(location)
         return "read", not marks.isdisjoint(HEX.findall(data.decode(errors="replace")))

@@ -84,6 +84,8 @@ class Generator:
             try:
                 tries = self.attempts.begin(clip.clip_id)
             except MagicIDError as error:  # earlier tries took their process with them
+                if isinstance(error, StorageError) and storage_errors.outage(error):
+                    raise
                 return dataclasses.replace(clip, attempts=number, error=problem or str(error))
             try:
                 return dataclasses.replace(self._make(clip), attempts=tries)

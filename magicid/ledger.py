@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from magicid import schema, storage
-from magicid.errors import StorageError
+from magicid.errors import LeaseError, MagicIDError, StorageError
 from magicid.run import Run
 
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
@@ -90,7 +90,7 @@ class Ledger:
         self._levels: list[list[tuple[str, set[str]]]] = []  # files of events and whom they are about, by level
         self._number = 0
         self._lock, self._writing, self._stop = threading.Lock(), threading.Lock(), threading.Event()
-        self.problem: StorageError | None = None
+        self.problem: MagicIDError | None = None
         self._thread = threading.Thread(target=self._write_behind, daemon=True)
         self._snapshot()
         if every_s != 0:
@@ -194,10 +194,12 @@ class Ledger:
             try:
                 self.flush()
                 self.problem = None
+            except LeaseError:  # the run is another driver's now; the main thread finds out by itself
+                return
             except StorageError as error:
                 self.problem = error
-            except Exception:  # the run is another driver's now; the main thread finds out by itself
-                return
+            except Exception as error:  # whatever it is, the next records may be written
+                self.problem = MagicIDError(f"{type(error).__name__}: {error}", "report this as a defect")
 
     def _snapshot(self) -> None:
         """Write all records, and remove what they replace."""

@@ -21,6 +21,7 @@ from ray_jobs.fleet import Fleet, another_row, content_sha256
 from ray_jobs.keeping import failure
 from ray_jobs.queue import FairQueue, Task
 
+SWEPT_S = 900.0  # so long at least after a deletion a worker may still write what it had in hand
 _STEPS = ("sft", "sft.steps", "hpo", "hpo.steps")  # overrides that say how long an identity trains
 
 
@@ -45,6 +46,7 @@ class Arrivals:
         self._fingerprint = ""
         self._steps_of: dict[tuple[tuple[str, str], ...], float] = {}  # overrides that change them -> training steps
         self._erased: set[str] = set()
+        self._swept_until: dict[str, float] = {}  # who was deleted on the way -> until when it is looked after them
         fleet.intake.following = self.following
 
     def next(self) -> ManifestRow | None:
@@ -64,7 +66,8 @@ class Arrivals:
         Raises:
             ManifestError: it cannot be read, at the first time.
         """
-        self._let_go(await asyncio.to_thread(erasure.erased, self.fleet.run.location))
+        await self._let_go(await asyncio.to_thread(erasure.erased, self.fleet.run.location))
+        await self.sweep()
         try:
             fingerprint = await asyncio.to_thread(manifests.fingerprint, manifest)
             if fingerprint != self._fingerprint:
@@ -149,16 +152,28 @@ class Arrivals:
         """Now; rows that come together keep their order, so that who began first is finished first."""
         return self.fleet.clock() + len(self.rows) * 1e-6
 
-    def _let_go(self, erased: set[str]) -> None:
+    async def sweep(self, *, all_of_them: bool = False) -> None:
+        """Remove what workers have written of people who were deleted, and had in hand when they were."""
+        now = asyncio.get_running_loop().time()
+        for name, until in self._swept_until.items():
+            if all_of_them or now < until:
+                with suppress(StorageError):  # the next sweep tries again, as does who deletes them again
+                    await asyncio.to_thread(erasure.sweep, self.fleet.run.location, name)
+
+    async def _let_go(self, erased: set[str]) -> None:
         """Forget people who were deleted; what is under way for them stops."""
         new, self._erased = erased - self._erased, erased
         if not new:  # a tombstone is a hash: thousands of them are not made for nothing
             return
         for name in [name for name in self.ledger.records if erasure.tombstone(name) in new]:
             self.admission.cancel(name)
+            self._swept_until[name] = asyncio.get_running_loop().time() + SWEPT_S
+            in_hand = self.fleet.pipeline.in_hand(name)
             if name in self._under_way:
                 self._under_way[name].cancel()
             self.fleet.forget(name)
+            with suppress(StorageError):  # then a driver that dies in this moment leaves files that no name leads to
+                await asyncio.to_thread(erasure.keep_in_hand, self.fleet.run.location, name, in_hand)
 
     async def _obey(self, command: commands.Command) -> None:
         name = command.identity_id

@@ -207,6 +207,7 @@ async def _drive(settings: Recipe, run: Run, manifest: str, display: Display, le
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: this and this.cancel())  # `ray job stop`
     fleet = Fleet(settings, run, base_sha256(settings), display, lease)
     try:
+        storage.remove(run.path("attempts"))  # those of drivers that were killed: tries count within one start
         if not run.has("prompts.parquet"):
             run.write("prompts.parquet", prompts.load_prompts(settings.prompts), Prompt)
         fleet.prompts = run.read("prompts.parquet", Prompt)

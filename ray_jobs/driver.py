@@ -65,6 +65,7 @@ class Driver:
             self.fleet.traces.close()
         await asyncio.to_thread(self.fleet.pipeline.stop)
         await asyncio.to_thread(self.fleet.slots.join)
+        await self.arrivals.sweep(all_of_them=True)  # now nobody has anything in hand
 
     async def _look(self, manifest: str, first: bool = False) -> None:
         self._looked = _now()

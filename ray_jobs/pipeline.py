@@ -127,6 +127,12 @@ class Pipeline:
         """Blocks that somebody waits for."""
         return len(self._blocks)
 
+    def in_hand(self, identity_id: str) -> list[str]:
+        """Ids of the clips of one person that somebody waits for."""
+        with self._lock:
+            blocks = [block for _, block in self._blocks.values()]
+        return [clip.clip_id for block in blocks for clip in block if clip.identity_id == identity_id]
+
     def stop(self) -> None:
         """End the pools; what is in hand is finished."""
         self._pools.stop()
@@ -152,9 +158,16 @@ class Pipeline:
             if name is not None:
                 by_task.setdefault(name, []).append(row)
         for name, made in by_task.items():
+            if not self._is_whole(name, made):
+                continue  # of an earlier block, before a cancel: the block that waits now is made, or found, by itself
             if (request := self._forget(name)) is not None:
                 self._work.call.remote(CLIPS, "finish", name)
                 self._loop.call_soon_threadsafe(_tell, request, made)
+
+    def _is_whole(self, task_id: str, made: Sequence[Made]) -> bool:
+        with self._lock:
+            _, block = self._blocks.get(task_id, (None, []))
+        return {clip.clip_id for clip in block} <= {row.clip_id for row in made}
 
     def _forget(self, task_id: str) -> _Request | None:
         with self._lock:

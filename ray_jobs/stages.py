@@ -106,15 +106,19 @@ class Scorer(Stage):
             if not self.concerns(row):
                 yield self.passed(row)
                 continue
-            seconds = dict(row.seconds)
+            seconds, key = dict(row.seconds), f"{self.name}-{row.identity_id or 'shared'}-{row.clip_id}"
+            attempted = False
             try:
-                attempts.begin(f"{self.name}-{row.identity_id or 'shared'}-{row.clip_id}")
+                attempts.begin(key)
+                attempted = True
                 with self.timed(seconds):
                     scored = self.score(row, *self._frames(row))
             except Exception as error:  # one clip's failure is a value with a reason
                 if isinstance(error, StorageError) and storage_errors.outage(error):
                     raise  # that of the storage says nothing of the clip
                 scored = self.failed(row, reason(error))
+            if attempted:  # or a pass that breaks would count against clips that did nothing
+                attempts.came_back(key)
             yield self.with_seconds(scored, seconds)
 
     def concerns(self, row: ScoredClip) -> bool:

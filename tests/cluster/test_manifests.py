@@ -158,7 +158,7 @@ def test_the_network_lets_in_what_has_a_port_and_nothing_else() -> None:
     assert opened("endpoint") == {head["serve"]}
     assert head["serve"] in opened("gateway", "egress")
     assert opened("metrics") == {head[name] for name in ("metrics", "as-metrics", "dash-metrics", "serve")}
-    assert opened("outside", "egress") == {53, 443, 6443, 5432}
+    assert opened("outside", "egress") == {53, 443, 6443, 5432, 4318}
     blocked = [
         peer["ipBlock"]["except"] for rule in policies["outside"]["egress"] for peer in rule["to"] if "ipBlock" in peer
     ]

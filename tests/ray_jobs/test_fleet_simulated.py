@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from magicid import commands, erasure, ledger, manifests, recipe, status, storage
+from magicid.erasure_proof import scan
 from magicid.errors import MagicIDError
 from magicid.recipe import Recipe
 from magicid.run import Run, identity_uri
@@ -183,6 +184,28 @@ def test_a_deleted_person_is_in_no_list_of_what_was_set_aside(tmp_path: Path) ->
 
     run(tmp_path, [*rows, person(gone[0].upper(), photos=[])], recipe=made, meanwhile=look)
     assert fleets[1].rejected == []
+
+
+def test_nothing_is_left_of_a_person_who_was_deleted_while_clips_and_training_were_in_hand(tmp_path: Path) -> None:
+    """Workers go on with what they have: a generator and the scorers write rows of p1 after the deletion."""
+    rows, marks, fleets = [person(f"p{number}") for number in range(8)], set[str](), []
+    where = Run(str(tmp_path / "run"))
+
+    async def delete(fleet: Fleet, _: Run) -> None:
+        fleets.append(fleet)
+        while not (held := fleet.pipeline.in_hand("p1")):
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(0.3)
+        marks.update(held, erasure.traces_of(where, "p1"))
+        erasure.delete(where.location, "p1")
+
+    outcome = run(tmp_path, rows, recipe=settings(fleet__manifest_s=8, evaluation__clips=0), meanwhile=delete)
+    assert sorted(outcome.published) == sorted({str(row["id"]) for row in rows} - {"p1"})
+    assert "p1" not in fleets[0].ledger.records
+    found = scan(where.location, "p1", marks | erasure.traces_of(where, "p1")).found
+    assert [
+        name for name, why in found if "not a whole safetensors file" not in why
+    ] == []  # a simulated adapter is none
 
 
 def test_people_come_go_and_come_back_while_the_job_runs(tmp_path: Path) -> None:
