@@ -13,6 +13,8 @@ from magicid.laboratory.methods import PLANS
 from magicid.laboratory.study import Study, clock
 from magicid.world.training_loop import choose_device
 
+SEEDED = ("repository", "sft", "hpo")  # sections whose seeds differ from one training to the next
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of the laboratory."""
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with measuring(settings, chosen.workers) as pool:
         device = choose_device(chosen.device).type
         for seed in plan.train_seeds:  # one after the other: what is interrupted has whole seeds of everybody
-            own = {f"{name}.seed": getattr(settings, name).seed + 10_000 * seed for name in ("sft", "hpo")}
+            own = {f"{name}.seed": getattr(settings, name).seed + 10_000 * seed for name in SEEDED}
             rows = Study(
                 dataclasses.replace(plan, train_seeds=(seed,)), settings.with_overrides(own), pool, folder, device, say
             ).run()

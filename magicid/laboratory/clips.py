@@ -189,3 +189,8 @@ def still_copy(clip: ScoredClip) -> ScoredClip:
         latents_uri="memory",
         source_id=clip.clip_id,
     )
+
+
+def encoded_again(clip_id: str) -> str:
+    """Under which id the latents of a V_t clip lie that was decoded and encoded again, as its V_still was."""
+    return f"{clip_id}/again"

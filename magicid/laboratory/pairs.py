@@ -4,6 +4,7 @@ caption     a static winner is trained under the SFT caption, not under its lose
 dominates   P_dy: the winner is better in all rewards than its loser, not only on the other front
 by-motion   as `dominates`, the largest gaps in R_dy first instead of R_id
 panned      P_id: a copy of the photo that moves as a whole wins, not the photo held still
+reencoded   P_still: the winner is decoded and encoded again as its loser is, so that only motion differs
 others      also a clip of V_t against another person's of the same prompt and seed: nothing but the person differs
 """
 
@@ -15,11 +16,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from magicid import recipe, schema
+from magicid.laboratory.clips import encoded_again
 from magicid.laboratory.methods import BOTH, Variant
 from magicid.schema import Pair, ScoredClip
 from magicid.selection import DYNAMIC_PAIR, STATIC_PAIR, STILL_PAIR, dominates, select_pairs
 
-DOMINATES, BY_MOTION, OTHERS, PANNED = "dominates", "by-motion", "others", "panned"
+DOMINATES, BY_MOTION, OTHERS, PANNED, REENCODED = "dominates", "by-motion", "others", "panned", "reencoded"
 
 
 def make_pairs(
@@ -37,6 +39,10 @@ def make_pairs(
     """
     kinds = (STATIC_PAIR, DYNAMIC_PAIR, STILL_PAIR) if variant.pairs == BOTH else (variant.pairs,)
     pairs = [p for p in select_pairs(person, clips, settings).pairs if p.kind in kinds]
+    if REENCODED in variant.readings:
+        pairs = [
+            dataclasses.replace(p, winner_id=encoded_again(p.winner_id)) if p.kind == STILL_PAIR else p for p in pairs
+        ]
     if PANNED in variant.readings:
         panned = [clip for clip in clips if clip.kind == schema.MOVING_CLIP]
         pairs = [_with_winner(p, panned[p.rank % len(panned)]) if p.kind == STATIC_PAIR else p for p in pairs]

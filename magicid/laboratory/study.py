@@ -14,7 +14,7 @@ import torch
 
 from magicid import schema, weights
 from magicid.backbones import load_backbone
-from magicid.laboratory.clips import Bank, Sampler, TextBank, still_copy, wanted
+from magicid.laboratory.clips import Bank, Sampler, TextBank, encoded_again, still_copy, wanted
 from magicid.laboratory.measuring import Measuring
 from magicid.laboratory.methods import TOKENS_COUNT, TOKENS_RATE, Plan, Variant
 from magicid.laboratory.pairs import make_pairs
@@ -41,6 +41,7 @@ class Owner:
     rate: float
 
 
+TRAINED_SEED = 500_000  # of V_t, beyond the seed of V_s: far from those of held-out clips
 Start = tuple[int, int]
 """Where preference training begins: moving copies of each photo in the SFT, and its steps."""
 
@@ -210,7 +211,7 @@ class Study:
             clips = wanted(schema.BASE_CLIP, None, prompts, seeds)
             self._base_clips = self._scored(clips, self.sampler.sample(None, prompts, seeds))
         prompts = [self.training[i % len(self.training)] for i in range(settings.trained_clips)]
-        seeds = [settings.seed + 1000 + i for i in range(settings.trained_clips)]
+        seeds = [settings.seed + TRAINED_SEED + i for i in range(settings.trained_clips)]
         sampled = self.sampler.sample(trained, prompts, seeds).unflatten(0, (len(self.owners), -1))
         clips, latents = [], []
         for k, owner in enumerate(self.owners):
@@ -316,13 +317,14 @@ class Study:
     # ---- clips ------------------------------------------------------------------------------------------------
 
     def _scored(self, clips: Sequence[ScoredClip], latents: torch.Tensor) -> list[ScoredClip]:
-        """Scored clips, their latents kept; of V_t also those of V_still."""
+        """Scored clips, their latents kept; of V_t also those of V_still, and those of V_t encoded again."""
         frames = self.sampler.decode(latents)
         trained = [i for i, clip in enumerate(clips) if clip.kind == schema.TRAINED_CLIP]
         for start in range(0, len(trained), 60):
             part = trained[start : start + 60]
-            still = np.repeat(frames[part, :1], frames.shape[1], axis=1)
-            self.bank.add([still_copy(clips[i]).clip_id for i in part], self.sampler.backbone.encode_video(still))
+            still, encode = np.repeat(frames[part, :1], frames.shape[1], axis=1), self.sampler.backbone.encode_video
+            self.bank.add([still_copy(clips[i]).clip_id for i in part], encode(still))
+            self.bank.add([encoded_again(clips[i].clip_id) for i in part], encode(frames[part]))
         return self.bank.score(self.measuring, clips, latents, frames)
 
     def _held_out(

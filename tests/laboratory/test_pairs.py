@@ -51,6 +51,12 @@ def test_still_copies_are_the_trainers_own_in_every_reading() -> None:
     assert {p.kind for p in make_pairs(Variant("p_dy", ONLY_DYNAMIC), "ada", clips, (), settings)} == {"P_dy"}
 
 
+def test_a_winner_encoded_again_differs_from_its_still_copy_in_motion_alone() -> None:
+    clips, settings = [*CLIPS, still_copy(GOOD)], SETTINGS.model_copy(update={"still_pairs": 1})
+    made = make_pairs(Variant("hpo", readings=frozenset({"reencoded"})), "ada", clips, (), settings)
+    assert [(p.winner_id, p.loser_id) for p in made if p.kind == "P_still"] == [("good/again", "good/still")]
+
+
 def test_a_moving_copy_of_the_photo_wins_where_the_photo_would() -> None:
     moving = [clip(name, schema.MOVING_CLIP, 0.0, 0.0, 0.0, prompt="a person") for name in ("one", "two")]
     made = make_pairs(Variant("hpo", readings=frozenset({"panned"})), "ada", [*CLIPS, *moving], (), SETTINGS)
