@@ -91,6 +91,9 @@ def save(out: str, rows: list[Any]) -> None:
 def show_results(
     locations: list[str] = typer.Argument(..., help="run directories, and folders or files of rows"),  # noqa: B008
     out: str = typer.Option("results", help="folder for results.md, results.json and the figures"),
+    threshold: float | None = typer.Option(
+        None, help="of face_sim: also tell the share of clips above it, which are verified as their person"
+    ),
     reference: str = typer.Option(
         "", help="rows the Fréchet video distance is taken to: what `magicid evaluate` wrote of a reference folder"
     ),
@@ -99,7 +102,7 @@ def show_results(
     from magicid.evaluation import document, results
 
     rows = results.read(locations)
-    files = document.write(rows, out, results.read([reference]) if reference else [])
+    files = document.write(rows, out, results.read([reference]) if reference else [], threshold)
     typer.echo(f"{len(rows)} clips of {len({row.method for row in rows})} methods")
     for file in files:
         typer.echo(f"{out}/{file}")

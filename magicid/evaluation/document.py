@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from magicid import storage
-from magicid.evaluation import figures, paper, results
-from magicid.evaluation.intervals import LEVEL, Interval
+from magicid.evaluation import figures, headline, paper, results
+from magicid.evaluation.intervals import LEVEL, Interval, ratio
 from magicid.evaluation.metrics.video import frechet_distance
-from magicid.evaluation.names import method_name, order
+from magicid.evaluation.names import MOTIONS, method_name, order
 from magicid.schema import MetricRow
 
 DIGITS = {
@@ -23,25 +23,33 @@ DIGITS = {
 }  # fmt: skip
 
 
-def write(rows: Sequence[MetricRow], folder: str, reference: Sequence[MetricRow] = ()) -> list[str]:
+def write(
+    rows: Sequence[MetricRow], folder: str, reference: Sequence[MetricRow] = (), threshold: float | None = None
+) -> list[str]:
     """Write results.md, results.json and the figures (SVG and PNG) into a folder on any fsspec URL; returns the names.
 
     Args:
         rows: of all methods; figures whose rows are not there are left out.
         reference: rows whose features the Fréchet video distance is taken to; empty: no such column.
+        threshold: of face_sim, above which a clip is verified as its person; None: the share is not told.
     """
     drawn = figures.draw_all(rows)
     files = {f"{name}.{kind}": data for name, pictures in drawn.items() for kind, data in pictures.items()}
     files["results.json"] = (json.dumps(to_json(rows, reference), indent=1) + "\n").encode()
-    files["results.md"] = to_markdown(rows, reference, list(drawn)).encode()
+    files["results.md"] = to_markdown(rows, reference, list(drawn), threshold).encode()
     for name, data in files.items():
         storage.write_bytes(storage.join(folder, name), data)
     return sorted(files)
 
 
-def to_markdown(rows: Sequence[MetricRow], reference: Sequence[MetricRow] = (), drawn: Sequence[str] = ()) -> str:
+def to_markdown(
+    rows: Sequence[MetricRow],
+    reference: Sequence[MetricRow] = (),
+    drawn: Sequence[str] = (),
+    threshold: float | None = None,
+) -> str:
     """The document, its figures named as files beside it."""
-    parts = ["# Results\n", _methods(rows, reference)]
+    parts = ["# Results\n", _methods(rows, reference), _headline(rows, threshold)]
     parts += [f"![{figures.TITLES[name]}]({name}.svg)\n" for name in drawn]
     if len({row.method for row in rows}) > 1:
         parts += ["## The paper's own numbers\n", *(paper.markdown(table) for table in paper.TABLES)]
@@ -51,7 +59,7 @@ def to_markdown(rows: Sequence[MetricRow], reference: Sequence[MetricRow] = (), 
 
 def to_json(rows: Sequence[MetricRow], reference: Sequence[MetricRow] = ()) -> dict[str, Any]:
     """Every estimate of every (method, setting, step), and the conditions."""
-    groups = results.grouped(rows, results.BY)
+    groups = results.grouped(results.of_usual_length(rows), results.BY)
     return {
         "level": LEVEL,
         "conditions": conditions(rows),
@@ -105,7 +113,7 @@ def _methods(rows: Sequence[MetricRow], reference: Sequence[MetricRow]) -> str:
     for group in sorted(groups, key=lambda key: (order(key[0]), key)):
         members = groups[group]
         method, setting, step = group
-        name = method_name(method) + (f", {setting}" if setting else "")
+        name = _named(method, setting)
         cells = [_cell(results.estimate(members, measure), len(members), DIGITS[measure]) for measure in measures]
         distance = fvd(members, reference)
         lines.append(
@@ -116,11 +124,50 @@ def _methods(rows: Sequence[MetricRow], reference: Sequence[MetricRow]) -> str:
     sizes = "; ".join(found["sizes"])
     return (
         f"{text}\n\nMean [{LEVEL:.0%} interval, hierarchical bootstrap over people, training seeds and clips] of the "
-        f"last step of each method; every person counts alike. {found['people']} people, {found['prompts']} prompts, "
-        f"{found['training_seeds']} training seeds; {sizes}; {found['nulls']} clips with something that could not be "
-        f"measured{', in brackets how many lack it' if found['nulls'] else ''}. "
+        f"last step of each method, up to that of HPO; every person counts alike. {found['people']} people, "
+        f"{found['prompts']} prompts, {found['training_seeds']} training seeds; {sizes}; {found['nulls']} clips with "
+        f"something that could not be measured{', in brackets how many lack it' if found['nulls'] else ''}. "
         "Definitions: `magicid.evaluation.metrics`.\n"
     )
+
+
+_HOW = (
+    "Self-reconstruction at each of its steps, from the base model on, is a line in the plane of face_sim and motion. "
+    "A method is compared with that line where the line has its face_sim, and where it has its motion; same people, "
+    "prompts and seeds (`magicid.evaluation.headline`)."
+)
+
+
+def _headline(rows: Sequence[MetricRow], threshold: float | None) -> str:
+    """Each method against self-reconstruction, and what is left of the base model's actions."""
+    found: dict[tuple[Any, ...], dict[str, headline.Beyond]] = {}
+    for one in headline.beyond(rows):
+        found.setdefault((one.method, one.setting, one.step, one.curve), {})[one.measure] = one
+    if not found:
+        return ""
+    last = results.grouped(results.last_steps(rows), results.BY)
+    base = [row for row in results.of_usual_length(rows) if row.method == "base"]
+    heads = ["method", "steps", "against the curve of", *(f"{name}, times, at its face_sim" for name in MOTIONS)]
+    heads += [*(f"face_sim, more, at its {name}" for name in MOTIONS), "action, of the base's"]
+    heads += [f"face_sim > {threshold:g}"] if threshold is not None else []
+    lines = [heads, ["---"] * len(heads)]
+    for (method, setting, step, curve), by in found.items():
+        own = last[method, setting, step]
+        cells = [_plainly(by[name].motion if name in by else None, 2) for name in MOTIONS]
+        cells += [_plainly(by[name].identity if name in by else None, 3) for name in MOTIONS]
+        cells.append(_plainly(results.compare(own, base, "action", ratio), 2))
+        cells += [_plainly(results.share_above(own, "face_sim", threshold), 2)] if threshold is not None else []
+        lines.append([_named(method, setting), str(step), _named(*curve), *cells])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"## Against self-reconstruction\n\n{text}\n\n{_HOW}\n"
+
+
+def _named(method: str, setting: str) -> str:
+    return method_name(method) + (f", {setting}" if setting else "")
+
+
+def _plainly(interval: Interval | None, digits: int) -> str:
+    return "–" if interval is None else _cell(interval, interval.clips, digits)
 
 
 def _cell(interval: Interval | None, clips: int, digits: int) -> str:

@@ -54,13 +54,15 @@ Point = tuple[Any, Interval, Interval]
 
 def draw_all(rows: Sequence[MetricRow]) -> dict[str, Pictures]:
     """Every figure whose rows are there: name -> {"svg": bytes, "png": bytes}."""
+    every_length = [row for row in rows if not row.setting]
+    rows = results.of_usual_length(rows)
     plain = [row for row in rows if not row.setting]
     drawn: dict[str, Pictures] = {}
     for motion in MOTIONS:
         if _several(plain, "step") and any(getattr(row, motion) is not None for row in plain):
             drawn[f"identity_against_motion_{motion}"] = identity_against_motion(plain, motion)
-    if _several(plain, "frames"):
-        drawn["face_sim_by_frames"] = face_sim_by_frames(plain)
+    if _several(every_length, "frames"):
+        drawn["face_sim_by_frames"] = face_sim_by_frames(every_length)
     if _several(plain, "step"):
         drawn["motion_by_step"] = motion_by_step(plain)
     for key in SETTINGS:
@@ -101,9 +103,14 @@ def curve(rows: Sequence[MetricRow], method: str, motion: str) -> list[Point]:
 
 
 def face_sim_by_frames(rows: Sequence[MetricRow]) -> Pictures:
-    """face_sim of each method against the length of its clips."""
-    last = {key: max(row.step for row in own) for key, own in results.grouped(rows, ["method", "frames"]).items()}
-    kept = [row for row in rows if row.step == last[row.method, row.frames]]
+    """face_sim of each method against the length of its clips, all of the same prompts and seeds."""
+    kept = []
+    for own in results.grouped(rows, ["method"]).values():
+        lengths = results.grouped(own, ["frames"])
+        step = min(max(row.step for row in part) for part in lengths.values())
+        asked = [{(row.prompt, row.seed) for row in part if row.step == step} for part in lengths.values()]
+        shared = set.intersection(*asked)
+        kept += [row for row in own if row.step == step and (row.prompt, row.seed) in shared]
     return _pictures(lambda figure: _lines(figure.subplots(), kept, "frames", "face_sim", "frames"), (5.0, 3.4))
 
 

@@ -7,6 +7,7 @@ The rows of any number of runs, methods and places can be read together, as long
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,14 +110,40 @@ def grouped(rows: Sequence[MetricRow], by: Sequence[str]) -> dict[tuple[Any, ...
     return groups
 
 
+def of_usual_length(rows: Sequence[MetricRow]) -> list[MetricRow]:
+    """The rows of clips in as many frames as most have; others are there for figure 2a alone. What could not be read
+    has no frames, and stays."""
+    counts = Counter(row.frames for row in rows if row.frames)
+    usual = {0, *(frames for frames, _ in counts.most_common(1))}
+    return [row for row in rows if row.frames in usual]
+
+
 def last_steps(rows: Sequence[MetricRow]) -> list[MetricRow]:
-    """The rows of the highest training step of each method and setting, at its greatest length of clips."""
+    """The rows of the highest training step of each method and setting, in the usual length: at equal cost, so no
+    method's beyond that of HPO, where there is one."""
+    usual = of_usual_length(rows)
+    most = max((row.step for row in usual if row.method == "hpo"), default=None)
     kept = []
-    for members in grouped(rows, ["method", "setting"]).values():
-        step = max(row.step for row in members)
-        frames = max(row.frames for row in members if row.step == step)
-        kept += [row for row in members if row.step == step and row.frames == frames]
+    for members in grouped(usual, ["method", "setting"]).values():
+        steps = {row.step for row in members}
+        step = max([step for step in steps if most is None or step <= most] or steps)
+        kept += [row for row in members if row.step == step]
     return kept
+
+
+def matched(methods: Sequence[Sequence[MetricRow]], measures: Sequence[str]) -> list[tuple[str, int, list[float]]]:
+    """(person, training seed, values) of the clips that every method has, all measures of the first method first. A
+    method with one training (the base model) is taken for every training of the first."""
+    found, others = [], [({_key(row): row for row in rows}, {row.train_seed for row in rows}) for rows in methods[1:]]
+    for row in sorted(methods[0], key=lambda row: row.clip_id):
+        same = [row]
+        for rows, trainings in others:
+            key = _key(row)
+            same += [rows[key]] if key in rows else [rows[k] for k in [(*key[:-1], *trainings)] if k in rows]
+        values = [getattr(clip, measure) for clip in same for measure in measures]
+        if len(same) == len(methods) and all(map(_known, values)):
+            found.append((row.identity_id, row.train_seed, values))
+    return found
 
 
 def estimate(rows: Sequence[MetricRow], measure: str, *, seed: int = 0) -> Interval | None:
@@ -149,29 +176,15 @@ def compare(
 
     A method with one training (the base model) is compared with every training of the other.
     """
-    others = {_key(row): row for row in second}
-    trainings = {row.train_seed for row in second}
-    matched = []
-    for row in sorted(first, key=lambda row: row.clip_id):
-        key = _key(row)
-        other = others.get(key)
-        if other is None and len(trainings) == 1:
-            other = others.get((*key[:-1], *trainings))
-        if other is not None and _known(getattr(row, measure)) and _known(getattr(other, measure)):
-            matched.append((row, other))
-    if not matched:
+    found = matched([first, second], [measure])
+    if not found:
         return None
-    return hierarchical(
-        np.array([[getattr(a, measure), getattr(b, measure)] for a, b in matched]),
-        [a.identity_id for a, _ in matched],
-        [a.train_seed for a, _ in matched],
-        statistic=statistic,
-        seed=seed,
-    )
+    people, trainings, values = zip(*found)
+    return hierarchical(np.array(values), people, trainings, statistic=statistic, seed=seed)
 
 
 def _key(row: MetricRow) -> tuple[Any, ...]:
-    return (row.identity_id, row.prompt, row.seed, row.train_seed)
+    return (row.identity_id, row.prompt, row.seed, row.frames, row.train_seed)
 
 
 def _known(value: float | None) -> bool:
