@@ -30,9 +30,11 @@ def write(
 
     Args:
         rows: of all methods; figures whose rows are not there are left out.
-        reference: rows whose features the Fréchet video distance is taken to; empty: no such column.
+        reference: rows whose features the Fréchet video distance is taken to; empty: the renderer's among `rows`, and
+            without these no such column.
         threshold: of face_sim, above which a clip is verified as its person; None: the share is not told.
     """
+    reference = reference or [row for row in results.of_usual_length(rows) if row.method == "renderer"]
     drawn = figures.draw_all(rows)
     files = {f"{name}.{kind}": data for name, pictures in drawn.items() for kind, data in pictures.items()}
     files["results.json"] = (json.dumps(to_json(rows, reference), indent=1) + "\n").encode()
@@ -107,7 +109,7 @@ def conditions(rows: Sequence[MetricRow]) -> dict[str, Any]:
 def _methods(rows: Sequence[MetricRow], reference: Sequence[MetricRow]) -> str:
     last = results.last_steps(rows)
     measures = [name for name in results.MEASURES if any(getattr(row, name) is not None for row in last)]
-    heads = ["method", "steps", "N", *measures, *(["fvd"] if reference else [])]
+    heads = ["method", "steps", "N", *measures, *([f"fvd to {len(reference)} clips"] if reference else [])]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     groups = results.grouped(last, results.BY)
     for group in sorted(groups, key=lambda key: (order(key[0]), key)):

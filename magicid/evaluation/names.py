@@ -16,7 +16,8 @@ METHODS = {
     "own_prompt": "HPO, static winners under their caption",
     "hpo": "HPO",
     "two_rounds": "HPO in two rounds",
-    "moving": "HPO after SFT on moving photos",
+    "still_photos": "HPO after SFT on still photos",
+    "no_copies": "HPO without still copies",
     "beyond": "HPO, others' clips and motion first",
     "renderer": "the renderer (truth)",
 }

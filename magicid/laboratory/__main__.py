@@ -10,10 +10,8 @@ from pathlib import Path
 from magicid import recipe
 from magicid.laboratory.measuring import measuring
 from magicid.laboratory.methods import PLANS
-from magicid.laboratory.study import Study, clock
+from magicid.laboratory.study import SEEDED, Study, clock
 from magicid.world.training_loop import choose_device
-
-SEEDED = ("repository", "sft", "hpo")  # sections whose seeds differ from one training to the next
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"the plan {chosen.plan} has no method {', '.join(sorted(unknown))}")
         variants = tuple(variant for variant in plan.variants if variant.method in chosen.methods)
         plan = dataclasses.replace(plan, variants=variants)
-    settings = recipe.load(chosen.recipe)
+    settings = recipe.load(chosen.recipe).with_overrides(dict(plan.overrides))
     with measuring(settings, chosen.workers) as pool:
         device = choose_device(chosen.device).type
         for seed in plan.train_seeds:  # one after the other: what is interrupted has whole seeds of everybody

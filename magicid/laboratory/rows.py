@@ -47,7 +47,7 @@ class Rows:
         suffix: str,
     ) -> None:
         self.folder, self.suffix = folder, suffix
-        self._measuring, self._references, self._fps, self._base = measuring, references, fps, base_sha256
+        self._measuring, self._references, self._fps, self.base_sha256 = measuring, references, fps, base_sha256
         self._pending: list[tuple[Path, list[MetricRow], list[Any]]] = []
 
     def file(self, method: str, setting: str, step: int, key: str = "") -> Path:
@@ -66,7 +66,7 @@ class Rows:
                 clip_id="/".join(map(str, (method, setting, step, c.person.name, c.train_seed, c.seed, len(c.frames)))),
                 identity_id=c.person.name, method=method, prompt=c.prompt, seed=c.seed, face_sim=None,
                 face_detect_rate=None, dynamic_magnitude=None, prompt_score=None, fps=0, frames=0, height=0, width=0,
-                video_uri=None, train_seed=c.train_seed, step=step, setting=setting, base_sha256=self._base,
+                video_uri=None, train_seed=c.train_seed, step=step, setting=setting, base_sha256=self.base_sha256,
             )
             for c in clips
         ]  # fmt: skip

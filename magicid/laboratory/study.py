@@ -12,8 +12,9 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from magicid import schema, weights
+from magicid import schema, storage, weights
 from magicid.backbones import load_backbone
+from magicid.errors import RecipeError
 from magicid.laboratory.clips import Bank, Sampler, TextBank, encoded_again, still_copy, wanted
 from magicid.laboratory.measuring import Measuring
 from magicid.laboratory.methods import TOKENS_COUNT, TOKENS_RATE, Plan, Variant
@@ -41,6 +42,7 @@ class Owner:
     rate: float
 
 
+SEEDED = ("repository", "sft", "hpo")  # sections whose seeds differ from one training to the next
 TRAINED_SEED = 500_000  # of V_t, beyond the seed of V_s: far from those of held-out clips
 Start = tuple[int, int]
 """Where preference training begins: moving copies of each photo in the SFT, and its steps."""
@@ -104,8 +106,13 @@ class Study:
     # ---- the whole --------------------------------------------------------------------------------------------
 
     def run(self) -> list[MetricRow]:
-        """What is missing of the plan; returns all its rows."""
+        """What is missing of the plan; returns all its rows.
+
+        Raises:
+            RecipeError: the folder holds rows of other settings.
+        """
         self.rows.folder.mkdir(parents=True, exist_ok=True)
+        self._same_settings()
         self._base()
         static = [self.sampler.static(owner.person.photos) for owner in self.owners]
         trained = self._self_reconstruction(static)
@@ -123,6 +130,17 @@ class Study:
             if variant.twice:
                 self._two_rounds(variant, trained, repositories, static)
         return self.rows.read()
+
+    def _same_settings(self) -> None:
+        """Refuse a folder whose rows were made with other settings; seeds differ from one training to the next."""
+        sections = {**self.recipe.model_dump(mode="json"), "base_sha256": self.rows.base_sha256}
+        for name in SEEDED:
+            sections[name] = {key: value for key, value in sections[name].items() if key != "seed"}
+        mine, file = storage.sha256_json(sections), str(self.rows.folder / "settings.json")
+        if not storage.exists(file):
+            storage.write_json(file, {"sha256": mine})
+        elif storage.read_json(file)["sha256"] != mine:
+            raise RecipeError(f"{self.rows.folder} holds rows of other settings or another base", "name another folder")
 
     def _start(self, variant: Variant) -> Start:
         sft = self._settings(variant).sft
