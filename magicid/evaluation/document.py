@@ -12,7 +12,7 @@ import numpy as np
 from magicid import storage
 from magicid.evaluation import figures, headline, paper, results
 from magicid.evaluation.intervals import LEVEL, Interval, ratio
-from magicid.evaluation.metrics.video import frechet_distance
+from magicid.evaluation.metrics.video import LEAST_CLIPS, frechet_distance
 from magicid.evaluation.names import MOTIONS, method_name, order
 from magicid.schema import MetricRow
 
@@ -129,8 +129,16 @@ def _methods(rows: Sequence[MetricRow], reference: Sequence[MetricRow]) -> str:
         f"last step of each method, up to that of HPO; every person counts alike. {found['people']} people, "
         f"{found['prompts']} prompts, {found['training_seeds']} training seeds; {sizes}; {found['nulls']} clips with "
         f"something that could not be measured{', in brackets how many lack it' if found['nulls'] else ''}. "
-        "Definitions: `magicid.evaluation.metrics`.\n"
+        f"{_few(list(groups.values()), reference)}Definitions: `magicid.evaluation.metrics`.\n"
     )
+
+
+def _few(groups: Sequence[Sequence[MetricRow]], reference: Sequence[MetricRow]) -> str:
+    """The warning of a Fréchet distance between few clips."""
+    counts = [sum(row.video_features is not None for row in rows) for rows in (*groups, reference)]
+    if not reference or min(counts) >= LEAST_CLIPS:
+        return ""
+    return f"Fréchet distances are of {min(counts)} to {max(counts)} clips: below {LEAST_CLIPS} they are too large. "
 
 
 _HOW = (
