@@ -127,10 +127,11 @@ def erase_person(location: str, identity_id: str) -> list[str]:
     if not _ID.fullmatch(identity_id):
         raise IdentityError(f"{identity_id!r} is not an identity's id", "use letters, digits, - and _")
     run, key = Run(location), tombstone(identity_id)
+    marks = traces_of(run, identity_id)  # before a driver hears of it and removes the tables that tell them
     if key not in erased(location):
         content = {"erased": datetime.now(UTC).isoformat(timespec="seconds")}
         storage.write_json(run.path(TOMBSTONES, f"{key}.json"), content)
-    marks = traces_of(run, identity_id)
+    marks |= traces_of(run, identity_id)
     gone: list[str] = []
     own, shared = [], []
     for name in files(run):

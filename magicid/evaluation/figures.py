@@ -92,8 +92,8 @@ def curve(rows: Sequence[MetricRow], method: str, motion: str) -> list[Point]:
     own = [row for row in rows if row.method == method]
     groups = results.grouped(own, ["step"])
     base = [row for row in rows if row.method == "base"]
-    if base:
-        groups[(0,)] = base
+    if base:  # the renderer has no steps, and is where it is
+        groups.setdefault((0,), base)
     points = []
     for (step,), members in sorted(groups.items()):
         x, y = results.estimate(members, "face_sim"), results.estimate(members, motion)

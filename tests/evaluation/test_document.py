@@ -42,6 +42,9 @@ def test_curves_begin_at_the_base_and_hold_the_means_of_their_steps() -> None:
     assert [x.mean for _, x, _ in points] == pytest.approx([0.1, 0.3, 0.5], abs=0.03)
     assert [y.mean for _, _, y in points] == pytest.approx([10, 8, 4], abs=0.4)
     assert all(y.low < y.mean < y.high for _, _, y in points)
+    truth = [dataclasses.replace(r, method="renderer", face_sim=0.9) for r in rows if r.method == "base"]
+    ((step, x, _),) = figures.curve([*rows, *truth], "renderer", "dynamic_magnitude")
+    assert (step, x.mean) == (0, pytest.approx(0.9))
 
 
 def test_figures_are_drawn_from_what_is_there() -> None:
