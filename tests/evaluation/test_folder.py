@@ -140,4 +140,4 @@ def test_a_reference_folder_needs_no_people_and_gives_the_frechet_distance(place
         )
     assert method["fvd"] == pytest.approx(wanted)
     assert wanted > 0
-    assert "| fvd |" in (merged / "results.md").read_text()
+    assert "| fvd to 6 clips |" in (merged / "results.md").read_text()
