@@ -128,10 +128,15 @@ class Pipeline:
         return len(self._blocks)
 
     def in_hand(self, identity_id: str) -> list[str]:
-        """Ids of the clips of one person that somebody waits for."""
+        """Ids of the clips of one person that somebody waits for; not the base model's, which are everybody's."""
         with self._lock:
             blocks = [block for _, block in self._blocks.values()]
-        return [clip.clip_id for block in blocks for clip in block if clip.identity_id == identity_id]
+        return [
+            clip.clip_id
+            for block in blocks
+            for clip in block
+            if clip.identity_id == identity_id and clip.method != "base"
+        ]
 
     def stop(self) -> None:
         """End the pools; what is in hand is finished."""

@@ -34,7 +34,9 @@ def write(
             without these no such column.
         threshold: of face_sim, above which a clip is verified as its person; None: the share is not told.
     """
-    reference = reference or [row for row in results.of_usual_length(rows) if row.method == "renderer"]
+    if not reference:
+        truth = [row for row in results.of_usual_length(rows) if row.method == "renderer"]
+        reference = [row for row in truth if row.video_features]
     drawn = figures.draw_all(rows)
     files = {f"{name}.{kind}": data for name, pictures in drawn.items() for kind, data in pictures.items()}
     files["results.json"] = (json.dumps(to_json(rows, reference), indent=1) + "\n").encode()

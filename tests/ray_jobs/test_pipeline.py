@@ -34,7 +34,8 @@ class Recorder:
 
 def test_rows_of_a_block_that_is_no_more_do_not_end_the_block_that_has_some_of_its_clips(tmp_path: Path) -> None:
     """Cancelled and asked for again, clips may come in other blocks than those that are still on their way."""
-    wanted = [clip(f"c{i}", latents_uri=f"l{i}") for i in range(CLIPS_PER_BLOCK)]
+    wanted = [clip(f"c{i}", latents_uri=f"l{i}") for i in range(CLIPS_PER_BLOCK - 1)]
+    wanted.append(clip("shared", latents_uri="l", method="base"))  # of everybody, and compared with ada
     rows = [Made(c.clip_id, c.kind, c.identity_id, c.latents_uri, "text") for c in wanted]
 
     async def ask() -> list[Made]:
@@ -46,6 +47,7 @@ def test_rows_of_a_block_that_is_no_more_do_not_end_the_block_that_has_some_of_i
         pipeline.received(rows[:2])
         await asyncio.sleep(0.05)
         assert (asked.done(), pipeline.open_blocks) == (False, 1)
+        assert pipeline.in_hand("ada") == [c.clip_id for c in wanted if c.method != "base"]
         assert not [words for words in work.told if "finish" in words]
         pipeline.received(rows)
         return await asyncio.wait_for(asked, 5)
