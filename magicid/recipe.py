@@ -120,6 +120,9 @@ class Rewards(Section):
     detection_size: int = Field(640, ge=32, description="square input of the face detector, px")
     semantics_frames: int = Field(8, ge=1, description="frames shown to the vision-language model; 0 < n <= frames")
     identity_range: tuple[float, float] = Field((0.0, 1.0), description="raw values shown as 1 and 10")
+    motion_window: int = Field(
+        1, ge=1, description="R_dy: pairs of frames over which flow is averaged; 1: the paper; 3: jitter earns less"
+    )
     motion_range: tuple[float, float] = Field((0.0, 20.0), description="raw values shown as 1 and 10, px per frame")
 
     @pydantic.field_validator("identity_range", "motion_range")

@@ -130,11 +130,12 @@ class SimulatedPools:
 
     async def _score(self, pipeline: Pipeline, owner: str, clips: list[Clip], spent: dict[str, float]) -> None:
         measured = keeping.is_measured(clips[0])
+        asked = [clip for clip in clips if clip.kind not in (MOVING_CLIP, STILL_CLIP)]  # of copies nothing is
         for name, _, gpus, seconds, metrics in self._scorers:
-            if metrics == measured and clips[0].kind not in (MOVING_CLIP, STILL_CLIP):
+            if metrics == measured and asked:
                 async with self._places[name]:
-                    took = await self.cluster.work(name, owner, gpus, seconds * len(clips))
-                spent[name] = took / len(clips)
+                    took = await self.cluster.work(name, owner, gpus, seconds * len(asked))
+                spent[name] = took / len(asked)
         uris = [clip_uri(clip.clip_id, ".safetensors") for clip in clips]
         if self.rows:
             rows = [{**to_row(clip), "latents_uri": uri, "text_uri": "text"} for clip, uri in zip(clips, uris)]

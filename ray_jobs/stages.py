@@ -240,7 +240,8 @@ class ScoreMotion(Scorer):
     def setup(self) -> None:
         from magicid.rewards.dynamics import MotionReward
 
-        self.model = MotionReward.from_pretrained(resolve(self.recipe.rewards.motion), device=device())
+        rewards = self.recipe.rewards
+        self.model = MotionReward.from_pretrained(resolve(rewards.motion), device(), rewards.motion_window)
 
     def score(self, row: ScoredClip, frames: np.ndarray, fps: int) -> ScoredClip:
         return dataclasses.replace(row, motion_reward=self.model.score(frames), motion_error=None)

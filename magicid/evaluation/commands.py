@@ -20,6 +20,7 @@ CLIPS = typer.Option(
 )
 IDENTITIES = typer.Option("", "--identities", help="manifest of the people in the clips; without it nobody is compared")
 NAME = typer.Option(..., "--name", help="what the method is called in tables, such as ID-Animator")
+LOCATIONS = typer.Argument(..., help="runs, and folders or files of rows; LOCATION=NAME names the methods of one")
 OUT = typer.Option(..., "--out", help="folder for the rows; the same one resumes")
 
 
@@ -89,7 +90,7 @@ def save(out: str, rows: list[Any]) -> None:
 
 
 def show_results(
-    locations: list[str] = typer.Argument(..., help="run directories, and folders or files of rows"),  # noqa: B008
+    locations: list[str] = LOCATIONS,
     out: str = typer.Option("results", help="folder for results.md, results.json and the figures"),
     threshold: float | None = typer.Option(
         None, help="of face_sim: also tell the share of clips above it, which are verified as their person"

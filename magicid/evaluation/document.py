@@ -14,6 +14,7 @@ from magicid.evaluation import figures, headline, paper, results
 from magicid.evaluation.intervals import LEVEL, Interval, ratio
 from magicid.evaluation.metrics.video import LEAST_CLIPS, frechet_distance
 from magicid.evaluation.names import MOTIONS, method_name, order
+from magicid.markdown import table
 from magicid.schema import MetricRow
 
 DIGITS = {
@@ -53,7 +54,7 @@ def to_markdown(
     threshold: float | None = None,
 ) -> str:
     """The document, its figures named as files beside it."""
-    parts = ["# Results\n", _methods(rows, reference), _headline(rows, threshold)]
+    parts = ["# Results\n", _methods(rows, reference), _headline(rows, threshold), _minus_hpo(rows)]
     parts += [f"![{figures.TITLES[name]}]({name}.svg)\n" for name in drawn]
     if len({row.method for row in rows}) > 1:
         parts += ["## The paper's own numbers\n", *(paper.markdown(table) for table in paper.TABLES)]
@@ -112,7 +113,7 @@ def _methods(rows: Sequence[MetricRow], reference: Sequence[MetricRow]) -> str:
     last = results.last_steps(rows)
     measures = [name for name in results.MEASURES if any(getattr(row, name) is not None for row in last)]
     heads = ["method", "steps", "N", *measures, *([f"fvd to {len(reference)} clips"] if reference else [])]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    lines = []
     groups = results.grouped(last, results.BY)
     for group in sorted(groups, key=lambda key: (order(key[0]), key)):
         members = groups[group]
@@ -124,13 +125,13 @@ def _methods(rows: Sequence[MetricRow], reference: Sequence[MetricRow]) -> str:
             [name, str(step or "–"), str(len(members)), *cells, *([_number(distance, 1)] if reference else [])]
         )
     found = conditions(last)
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     sizes = "; ".join(found["sizes"])
     return (
-        f"{text}\n\nMean [{LEVEL:.0%} interval, hierarchical bootstrap over people, training seeds and clips] of the "
-        f"last step of each method, up to that of HPO; every person counts alike. {found['people']} people, "
-        f"{found['prompts']} prompts, {found['training_seeds']} training seeds; {sizes}; {found['nulls']} clips with "
-        f"something that could not be measured{', in brackets how many lack it' if found['nulls'] else ''}. "
+        f"{table(heads, lines)}\n"
+        f"Mean [{LEVEL:.0%} interval, hierarchical bootstrap over people, training seeds and clips] of the last step "
+        f"of each method, up to that of HPO; every person counts alike. {found['people']} people, {found['prompts']} "
+        f"prompts, {found['training_seeds']} training seeds; {sizes}; {found['nulls']} clips with something that could "
+        f"not be measured{', in brackets how many lack it' if found['nulls'] else ''}. "
         f"{_few(list(groups.values()), reference)}Definitions: `magicid.evaluation.metrics`.\n"
     )
 
@@ -142,6 +143,8 @@ def _few(groups: Sequence[Sequence[MetricRow]], reference: Sequence[MetricRow]) 
         return ""
     return f"Fréchet distances are of {min(counts)} to {max(counts)} clips: below {LEAST_CLIPS} they are too large. "
 
+
+DIFFERENCES = ("face_sim", "dynamic_magnitude", "head_motion", "warp_error", "action", "prompt_score")
 
 _HOW = (
     "Self-reconstruction at each of its steps, from the base model on, is a line in the plane of face_sim and motion. "
@@ -162,7 +165,7 @@ def _headline(rows: Sequence[MetricRow], threshold: float | None) -> str:
     heads = ["method", "steps", "against the curve of", *(f"{name}, times, at its face_sim" for name in MOTIONS)]
     heads += [*(f"face_sim, more, at its {name}" for name in MOTIONS), "action, of the base's"]
     heads += [f"face_sim > {threshold:g}"] if threshold is not None else []
-    lines = [heads, ["---"] * len(heads)]
+    lines = []
     for (method, setting, step, curve), by in found.items():
         own = last[method, setting, step]
         cells = [_plainly(by[name].motion if name in by else None, 2) for name in MOTIONS]
@@ -170,8 +173,27 @@ def _headline(rows: Sequence[MetricRow], threshold: float | None) -> str:
         cells.append(_plainly(results.compare(own, base, "action", ratio), 2))
         cells += [_plainly(results.share_above(own, "face_sim", threshold), 2)] if threshold is not None else []
         lines.append([_named(method, setting), str(step), _named(*curve), *cells])
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"## Against self-reconstruction\n\n{text}\n\n{_HOW}\n"
+    return f"## Against self-reconstruction\n\n{table(heads, lines, left=3)}\n{_HOW}\n"
+
+
+def _minus_hpo(rows: Sequence[MetricRow]) -> str:
+    """Every method at its last step minus HPO, clip by clip: what is left of it when a part is taken away."""
+    last = results.grouped(results.last_steps(rows), results.BY)
+    hpo = next((own for (method, setting, _), own in last.items() if (method, setting) == ("hpo", "")), [])
+    measures = [name for name in DIFFERENCES if any(getattr(row, name) is not None for row in hpo)]
+    lines = []
+    for group in sorted(last, key=lambda key: (order(key[0]), key)):
+        found = [results.compare(last[group], hpo, name) for name in measures]
+        if last[group] is not hpo and any(found):
+            cells = ["–" if one is None else _cell(one, one.clips, DIGITS[name]) for name, one in zip(measures, found)]
+            clips = max(one.clips for one in found if one)
+            lines.append([_named(group[0], group[1]), str(group[2] or "–"), str(clips), *cells])
+    if not lines:
+        return ""
+    text = table(["method", "steps", "N", *measures], lines)
+    return (
+        f"## Minus HPO, clip by clip\n\n{text}\nThe same person, prompt, seed and training; N clips that both have.\n"
+    )
 
 
 def _named(method: str, setting: str) -> str:

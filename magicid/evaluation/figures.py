@@ -189,12 +189,12 @@ def _lines(axes: Any, rows: Sequence[MetricRow], field: str, measure: str, label
     base = [row for row in rows if row.method == "base"]
     for method, colour in _methods(rows):
         own = [row for row in rows if row.method == method]
-        if field == "step" and method != "base":
+        if field == "step":
+            if all(row.step == 0 for row in own):  # the base model and the renderer have no steps
+                continue
             own = [*base, *own]
         groups = sorted(results.grouped(own, [field]).items())
         points = [(key[0], found) for key, members in groups if (found := results.estimate(members, measure))]
-        if field == "step" and method == "base":
-            continue
         _bars(axes, points, method_name(method), colour)
     axes.set_xlabel(label)
     axes.set_ylabel(MEASURES[measure])

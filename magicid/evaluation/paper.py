@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from magicid.markdown import table as markdown_table
+
 
 @dataclass(frozen=True)
 class PaperTable:
@@ -53,6 +55,5 @@ TABLES = (METHODS, PAIRS, REWARDS)
 
 def markdown(table: PaperTable) -> str:
     """The table as Markdown, ending with a new line."""
-    lines = [["the paper: " + table.title, *table.columns], ["---", *["---:"] * len(table.columns)]]
-    lines += [[name, *(f"{value:g}" for value in values)] for name, values in table.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    rows = [[name, *(f"{value:g}" for value in values)] for name, values in table.rows]
+    return markdown_table(["the paper: " + table.title, *table.columns], rows)

@@ -6,6 +6,7 @@ The rows of any number of runs, methods and places can be read together, as long
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -54,18 +55,30 @@ def write(location: str, rows: Sequence[MetricRow]) -> None:
 def read(locations: Iterable[str]) -> list[MetricRow]:
     """The rows of files (`.parquet`, `.jsonl`), of folders of them, and of run directories.
 
+    `LOCATION=NAME` tells the methods of one run from those of another that are called the same: their setting begins
+    with the name, but for the base model's and the renderer's, which are everybody's.
+
     A clip that comes again under the same method, setting, step, training seed and identity counts once, the last one.
 
     Raises:
         StorageError: nothing there, or a file without the columns.
     """
     rows: dict[tuple[Any, ...], MetricRow] = {}
-    for location in locations:
+    for given in locations:
+        location, name = _named(given)
         for file in _files(location):
             for row in _rows(file):
+                if name and row.method not in ("base", "renderer"):
+                    row = dataclasses.replace(row, setting=f"{name}, {row.setting}" if row.setting else name)
                 key = (row.identity_id, row.method, row.setting, row.step, row.train_seed, row.clip_id)
                 rows[key] = row
     return [row for row in rows.values() if row.method != "validation"]
+
+
+def _named(given: str) -> tuple[str, str]:
+    """(location, name) of `LOCATION=NAME`; the name is empty where none is given: a path may have a = of its own."""
+    location, equals, name = given.rpartition("=")
+    return (location, name) if equals and not set(name) & set("/.") else (given, "")
 
 
 def _files(location: str) -> list[str]:

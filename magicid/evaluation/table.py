@@ -13,6 +13,7 @@ from magicid.evaluation.intervals import LEVEL, bootstrap
 from magicid.evaluation.names import MEASURES as MEASURE_NAMES
 from magicid.evaluation.names import METHODS as METHOD_NAMES
 from magicid.evaluation.results import MEASURES
+from magicid.markdown import table as markdown_table
 from magicid.schema import MetricRow
 
 METRICS = MEASURES
@@ -107,9 +108,8 @@ def markdown(estimates: Sequence[Estimate]) -> str:
     """The table as Markdown, ending with a new line; metrics that no clip has are left out."""
     metrics = measured(estimates)
     heads = ["identity", "method", "N", *(TITLES[metric] for metric in metrics)]
-    lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
-    lines += [[identity_id, method, clips, *cells] for identity_id, method, clips, cells in _lines(estimates, metrics)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    rows = [[identity_id, method, clips, *cells] for identity_id, method, clips, cells in _lines(estimates, metrics)]
+    return markdown_table(heads, rows, left=2)
 
 
 def _place(method: str) -> int:

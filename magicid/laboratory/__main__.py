@@ -9,7 +9,7 @@ from pathlib import Path
 
 from magicid import recipe
 from magicid.laboratory.measuring import measuring
-from magicid.laboratory.methods import PLANS
+from magicid.laboratory.methods import PLANS, only
 from magicid.laboratory.study import SEEDED, Study, clock
 from magicid.world.training_loop import choose_device
 
@@ -19,17 +19,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m magicid.laboratory", description=__doc__)
     parser.add_argument("out", type=Path, help="folder of the rows; what is finished there is not made again")
     parser.add_argument("--plan", choices=sorted(PLANS), default="small")
-    parser.add_argument("--methods", nargs="+", default=None, help="only these of the plan's preference methods, first")
+    parser.add_argument("--methods", nargs="+", default=None, help="only these of the plan's, beside its SFT")
+    parser.add_argument("--seeds", nargs="+", type=int, default=None, help="only these of the plan's training seeds")
     parser.add_argument("--recipe", default="face-world")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--workers", type=int, default=None, help="processes that measure; one for each core but one")
     chosen = parser.parse_args(arguments)
-    plan, folder, say = PLANS[chosen.plan], chosen.out / chosen.plan, clock()
-    if chosen.methods:
-        if unknown := set(chosen.methods) - {variant.method for variant in plan.variants}:
-            parser.error(f"the plan {chosen.plan} has no method {', '.join(sorted(unknown))}")
-        variants = tuple(variant for variant in plan.variants if variant.method in chosen.methods)
-        plan = dataclasses.replace(plan, variants=variants)
+    folder, say = chosen.out / chosen.plan, clock()
+    try:
+        plan = only(PLANS[chosen.plan], chosen.methods, chosen.seeds)
+    except ValueError as error:
+        parser.error(f"the plan {chosen.plan} has no {error}")
     settings = recipe.load(chosen.recipe).with_overrides(dict(plan.overrides))
     with measuring(settings, chosen.workers) as pool:
         device = choose_device(chosen.device).type

@@ -20,6 +20,7 @@ from magicid.clips import inflate_photo
 from magicid.evaluation.intervals import hierarchical
 from magicid.evaluation.metrics import Metrics
 from magicid.laboratory.people import SEED, heldout_prompts, people
+from magicid.markdown import table
 from magicid.recipe import Recipe
 from magicid.rewards.identity import IdentityReward
 from magicid.world import language
@@ -94,10 +95,8 @@ def measure(recipe: Recipe, count: int = 8, device: str = "cpu") -> list[Row]:
 
 def markdown(rows: Sequence[Row], threshold: float = THRESHOLD) -> str:
     """The rows as a Markdown table, ending with a new line."""
-    lines = [
-        ["", "clips", "face_sim", f"share above {threshold:g}", "first frame", "others", "lowest and highest frame"]
-    ]
-    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    heads = ["", "clips", "face_sim", f"share above {threshold:g}", "first frame", "others", "lowest and highest frame"]
+    lines = []
     for row in rows:
         cells = []
         for values, digits in ((row.clips, 3), ((row.clips > threshold).astype(float), 2)):
@@ -107,7 +106,7 @@ def markdown(rows: Sequence[Row], threshold: float = THRESHOLD) -> str:
         frames = row.by_frame
         ends = f"{frames.min():.3f} ({frames.argmin()}), {frames.max():.3f} ({frames.argmax()})"
         lines.append([row.name, str(len(row.owners)), *cells, f"{frames[0]:.3f}", f"{frames[1:].mean():.3f}", ends])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return table(heads, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,9 +3,13 @@
 caption     a static winner is trained under the SFT caption, not under its loser's action
 dominates   P_dy: the winner is better in all rewards than its loser, not only on the other front
 by-motion   as `dominates`, the largest gaps in R_dy first instead of R_id
+floor       P_dy: a winner resembles the person at least as much as half of V_t does
 panned      P_id: a copy of the photo that moves as a whole wins, not the photo held still
 reencoded   P_still: the winner is decoded and encoded again as its loser is, so that only motion differs
 others      also a clip of V_t against another person's of the same prompt and seed: nothing but the person differs
+
+One reading is of the loss and not of the pairs: with `base-reference` errors are compared with the base model's, not
+with those of the SFT adapter that training starts from.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from magicid.schema import Pair, ScoredClip
 from magicid.selection import DYNAMIC_PAIR, STATIC_PAIR, STILL_PAIR, dominates, select_pairs
 
 DOMINATES, BY_MOTION, OTHERS, PANNED, REENCODED = "dominates", "by-motion", "others", "panned", "reencoded"
+FLOOR, BASE_REFERENCE = "floor", "base-reference"
 
 
 def make_pairs(
@@ -46,6 +51,8 @@ def make_pairs(
     if PANNED in variant.readings:
         panned = [clip for clip in clips if clip.kind == schema.MOVING_CLIP]
         pairs = [_with_winner(p, panned[p.rank % len(panned)]) if p.kind == STATIC_PAIR else p for p in pairs]
+    if FLOOR in variant.readings:
+        pairs = [p for p in pairs if p.kind != DYNAMIC_PAIR] + _above_floor(person, clips, settings)
     if variant.readings & {DOMINATES, BY_MOTION}:
         pairs = [p for p in pairs if p.kind != DYNAMIC_PAIR]
         if variant.pairs != STATIC_PAIR:
@@ -61,6 +68,17 @@ def _with_winner(pair: Pair, winner: ScoredClip) -> Pair:
     return dataclasses.replace(
         pair, pair_id=f"{pair.pair_id}/{winner.clip_id}", winner_id=winner.clip_id, winner_kind=winner.kind
     )
+
+
+def _above_floor(person: str, clips: Sequence[ScoredClip], settings: recipe.Selection) -> list[Pair]:
+    """P_dy by the gap in identity, of all clips, whose winners are no less like the person than the median of V_t."""
+    likeness = {clip.clip_id: clip.identity_reward for clip in clips}
+    floor = np.median(
+        [c.identity_reward for c in clips if c.kind == schema.TRAINED_CLIP and c.identity_reward is not None]
+    )
+    every = settings.model_copy(update={"dynamic_pairs": len(clips) ** 2})
+    made = [p for p in select_pairs(person, clips, every).pairs if p.kind == DYNAMIC_PAIR]
+    return [p for p in made if (likeness[p.winner_id] or 0.0) >= floor][: settings.dynamic_pairs]
 
 
 def _dominating(person: str, clips: Sequence[ScoredClip], settings: recipe.Selection, *, by_motion: bool) -> list[Pair]:

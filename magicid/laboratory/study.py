@@ -18,7 +18,7 @@ from magicid.errors import RecipeError
 from magicid.laboratory.clips import Bank, Sampler, TextBank, encoded_again, still_copy, wanted
 from magicid.laboratory.measuring import Measuring
 from magicid.laboratory.methods import TOKENS_COUNT, TOKENS_RATE, Plan, Variant
-from magicid.laboratory.pairs import make_pairs
+from magicid.laboratory.pairs import BASE_REFERENCE, make_pairs
 from magicid.laboratory.people import CLASS_WORD, SEED, Person, heldout_prompts, people
 from magicid.laboratory.population import Stack, StackedLora, take
 from magicid.laboratory.rows import Asked, Rows
@@ -84,7 +84,8 @@ class Study:
             scale=recipe.lora.alpha / recipe.lora.rank,
         )
         self.sampler = Sampler(backbone, adapters, TextBank(backbone, self.device), self.device)
-        motion = MotionReward.from_pretrained(weights.resolve(recipe.rewards.motion), device)
+        rewards = recipe.rewards
+        motion = MotionReward.from_pretrained(weights.resolve(rewards.motion), device, rewards.motion_window)
         self.bank = Bank(motion, recipe.sampling.fps)
         self.training = [for_class(p.text, CLASS_WORD) for p in load_prompts(recipe.prompts) if p.split == "training"]
         heldout = heldout_prompts(recipe, plan.group)
@@ -301,10 +302,15 @@ class Study:
         if not preferences:
             return None
         rows = [take(trained[start], [k]) for _, start, k in trainings]
-        reference = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        fresh = self._fresh_adapters()  # they change nothing yet: the base model
+        frozen = [
+            take(fresh, [k]) if BASE_REFERENCE in variant.readings else row
+            for (variant, _, k), row in zip(trainings, rows)
+        ]
+        begin, reference = ({name: torch.cat([row[name] for row in x]) for name in rows[0]} for x in (rows, frozen))
         self._say(f"preference training of {len(preferences)} adapters")
         made = train_hpo(
-            self.sampler, reference, preferences, self.bank, self.recipe.sampling.guidance_scale,
+            self.sampler, begin, reference, preferences, self.bank, self.recipe.sampling.guidance_scale,
             self.recipe.trainer.shift, at, self._tick,
         )  # fmt: skip
         for steps, population in made.items():

@@ -80,6 +80,7 @@ class Preference:
 
 def train_hpo(
     sampler: Sampler,
+    start: Stack,
     reference: Stack,
     preferences: Sequence[Preference],
     bank: Bank,
@@ -88,12 +89,14 @@ def train_hpo(
     at: Sequence[int],
     tick: Tick = lambda stage, step, loss: None,
 ) -> dict[int, Stack]:
-    """Preference training of K adapters, each from its own SFT adapter, which also is its reference.
+    """Preference training of K adapters, each from its own SFT adapter.
 
     As `magicid.training.hpo`, with fresh noise at every visit and one batch size for all.
 
     Args:
-        reference: the K SFT adapters.
+        start: the K SFT adapters.
+        reference: K frozen adapters whose errors those of the trained ones are compared with: the same, unless another
+            reading is wanted.
         at: steps after which the adapters are copied; the last one ends the training.
 
     Raises:
@@ -104,7 +107,7 @@ def train_hpo(
         raise ValueError("an adapter has no pairs")
     first = preferences[0].settings
     population = Population(
-        {name: tensor.clone() for name, tensor in reference.items()},
+        {name: tensor.clone() for name, tensor in start.items()},
         [p.settings.learning_rate for p in preferences],
         weight_decay=first.weight_decay,
         max_grad_norm=first.max_grad_norm,

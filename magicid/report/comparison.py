@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from magicid.evaluation import results
 from magicid.evaluation.intervals import Interval
+from magicid.evaluation.names import MOTIONS
 from magicid.evaluation.table import DIGITS, METHODS, NAMES, TITLES, Estimate, measured
 from magicid.schema import MetricRow
 
@@ -23,6 +24,7 @@ REPORTED = (
 )  # fmt: skip
 EVERYBODY = "all together"  # has a space, so it is no identity's id
 JUDGED = ("face_sim", "dynamic_magnitude", "head_motion", "prompt_score")
+JITTER = "warp_error"  # no goal of its own: it tells whether motion may be jitter
 AGAINST = {"hpo": "sft", "sft": "base"}  # what each method is compared with
 
 Differences = dict[tuple[str, str, str], Interval]
@@ -70,7 +72,7 @@ def differences(rows: Sequence[MetricRow]) -> Differences:
     for name, members in [(EVERYBODY, whole(rows)), *by_person.items()]:
         for method, other in AGAINST.items():
             first, second = ([row for row in members if row.method == wanted] for wanted in (method, other))
-            for metric in REPORTED:
+            for metric in (*REPORTED, JITTER):
                 if interval := results.compare(first, second, metric):
                     found[name, method, metric] = interval
     return found
@@ -131,6 +133,9 @@ def verdict(found: Differences) -> tuple[str, list[str]]:
     signs = {metric: [sign(found.get((p, "hpo", metric))) for p in judged] for metric in metrics}
     above, below = ([metric for metric in metrics if way in signs[metric]] for way in (1, -1))
     headline = _headline(above, below)
+    rough = any(sign(found.get((p, "hpo", JITTER))) > 0 for p in judged)
+    if rough and set(above) & set(MOTIONS):
+        headline += " Its warp error, which jitter raises, is above SFT's too: a part of the motion may be jitter."
     sentences = [
         _sentence(metric, [sign(found[p, "hpo", metric]) for p in people], found.get((EVERYBODY, "hpo", metric)))
         for metric in metrics
@@ -146,10 +151,12 @@ def _headline(above: list[str], below: list[str]) -> str:
     if not above and not below:
         return "HPO does not beat SFT: no metric's difference has a 95 % interval above 0."
     if not above:
-        return f"HPO does not beat SFT: it is below SFT in {names(below)} and above it in no metric."
+        return (
+            f"HPO does not beat SFT: it is below SFT in {names(below)} and above it in none of {len(JUDGED)} metrics."
+        )
     if below:
         return f"HPO is above SFT in {names(above)}, but below it in {names(below)}."
-    return f"HPO is above SFT in {names(above)}, and below it in no metric."
+    return f"HPO is above SFT in {names(above)}, and below it in none of {len(JUDGED)} metrics."
 
 
 def _sentence(metric: str, signs: list[int], together: Interval | None) -> str:

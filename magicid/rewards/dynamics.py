@@ -29,14 +29,16 @@ class MotionReward:
     Args:
         model: torchvision's `raft_small` or `raft_large`.
         updates: refinement steps.
+        window: pairs of frames whose flow is averaged, pixel by pixel, before its length is taken. 1 is the paper's
+            R_dy, which a shaking picture earns too; what goes back and forth within a window cancels out.
     """
 
-    def __init__(self, model: nn.Module, updates: int = 12) -> None:
+    def __init__(self, model: nn.Module, updates: int = 12, window: int = 1) -> None:
         self.model = model.eval()
-        self.updates = updates
+        self.updates, self.window = updates, window
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> MotionReward:
+    def from_pretrained(cls, folder: str | Path, device: str = "cpu", window: int = 1) -> MotionReward:
         """Load a folder with `model.safetensors` (torchvision's names, any float type) and `config.json`.
 
         The configuration names the `architecture`, raft_small or raft_large, and may give `num_flow_updates` (12).
@@ -58,7 +60,7 @@ class MotionReward:
             model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
         except Exception as error:
             raise RewardError(f"cannot load the motion model {folder}: {error}", action) from error
-        return cls(model.to(device), int(config.get("num_flow_updates", 12)))
+        return cls(model.to(device), int(config.get("num_flow_updates", 12)), window)
 
     @torch.no_grad()
     def flow(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -93,8 +95,11 @@ class MotionReward:
         return result
 
     def score(self, frames: NDArray[np.uint8]) -> float:
-        """R_dy: the mean length of the flow over all pixels and pairs of consecutive frames, px per frame (>= 0)."""
-        return float(np.linalg.norm(self.flow(frames).astype(np.float64), axis=1).mean())
+        """R_dy: the mean length of the flow over all pixels and pairs of consecutive frames, px per frame (>= 0).
+
+        With a `window` of w, of the mean flow of every w pairs in a row; of all pairs of a shorter clip.
+        """
+        return float(mean_length(torch.from_numpy(self.flow(frames))[None], self.window)[0])
 
     @torch.no_grad()
     def score_many(self, clips_NFHWC: NDArray[np.uint8], batch: int = 32) -> list[float]:
@@ -106,9 +111,16 @@ class MotionReward:
             images = _network_input(part.reshape(-1, height, width, 3)).to(device).unflatten(0, (len(part), frames))
             first, second = images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1)
             flow = self.model(first, second, num_flow_updates=self.updates)[-1]
-            length = torch.linalg.norm(_original_size(flow.float(), height, width), dim=1)
-            scores += length.view(len(part), -1).double().mean(1).tolist()
+            flow = _original_size(flow.float(), height, width).unflatten(0, (len(part), frames - 1))
+            scores += mean_length(flow, self.window).tolist()
         return scores
+
+
+def mean_length(flow: Tensor, window: int) -> Tensor:
+    """Mean length float64 (N,) of flow (N, T, 2, H, W), averaged over every `window` consecutive pairs before."""
+    window = min(window, flow.shape[1])
+    averaged = flow.double().unfold(1, window, 1).mean(-1)  # (N, T - window + 1, 2, H, W)
+    return torch.linalg.norm(averaged, dim=2).flatten(1).mean(1)
 
 
 def _scale(height: int, width: int) -> float:

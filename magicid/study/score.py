@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from magicid import storage
 from magicid.errors import StorageError
+from magicid.markdown import table
 
 LEVEL, RESAMPLES, PRIOR = 0.95, 1000, 0.5
 
@@ -109,13 +110,12 @@ def bradley_terry(wins: NDArray[Any], iterations: int = 1000, tolerance: float =
 
 def markdown(preferences: Sequence[Preference]) -> str:
     """A table, ending with a new line."""
-    lines = [["question", "method", "chosen", "Bradley-Terry strength", "answers", "people"]]
-    lines += [["---", "---", "---:", "---:", "---:", "---:"]]
+    lines = []
     for row in preferences:
         chosen = f"{row.rate:.2f} [{row.rate_interval[0]:.2f}, {row.rate_interval[1]:.2f}]"
         strength = f"{row.strength:.2f} [{row.strength_interval[0]:.2f}, {row.strength_interval[1]:.2f}]"
         lines.append([row.question, row.method, chosen, strength, str(row.answers), str(row.people)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return table(["question", "method", "chosen", "Bradley-Terry strength", "answers", "people"], lines, left=2)
 
 
 def _tables(answer: Answer, methods: Sequence[str]) -> NDArray[np.float64]:

@@ -47,6 +47,31 @@ def test_curves_begin_at_the_base_and_hold_the_means_of_their_steps() -> None:
     assert (step, x.mean) == (0, pytest.approx(0.9))
 
 
+def test_what_has_no_steps_is_on_no_line_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, list[float]]] = []
+    monkeypatch.setattr(
+        figures, "_bars", lambda axes, points, name, colour: drawn.append((name, [x for x, _ in points]))
+    )
+    rows = curve_rows()
+    truth = [dataclasses.replace(r, method="renderer") for r in rows if r.method == "base"]
+    with pytest.warns(UserWarning, match="No artists"):
+        figures.motion_by_step([*rows, *truth])
+    assert drawn == [("SFT only", [0, 100, 200]), ("HPO", [0, 100, 200])] * 2
+
+
+def test_every_method_is_told_minus_hpo_clip_by_clip() -> None:
+    rows = [dataclasses.replace(r, seed=int(r.clip_id.split("-")[2])) for r in curve_rows()]
+    text = document.to_markdown(rows)
+    lines = text[text.index("## Minus HPO") :].splitlines()
+    assert lines[2] == "| method | steps | N | face_sim | dynamic_magnitude | head_motion | prompt_score |"
+    sft = next(line for line in lines if line.startswith("| SFT only")).split(" | ")
+    assert sft[1:3] == ["200", "12"]
+    assert float(sft[4].split()[0]) == pytest.approx(4 - 9, abs=0.3)
+    assert sft[5].startswith("-1.00 [-1.00, -1.00]")
+    assert not any(line.startswith("| HPO") for line in lines)
+    assert "Minus HPO" not in document.to_markdown([r for r in rows if r.method != "hpo"])
+
+
 def test_figures_are_drawn_from_what_is_there() -> None:
     drawn = figures.draw_all(curve_rows())
     assert set(drawn) == {

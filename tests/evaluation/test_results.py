@@ -46,6 +46,15 @@ def test_runs_files_and_folders_are_read_together(tmp_path) -> None:
         results.read([str(tmp_path / "bad.jsonl")])
 
 
+def test_a_name_tells_the_methods_of_one_run_from_those_of_another(tmp_path) -> None:
+    results.write(str(tmp_path / "a=b" / "x.jsonl"), [row("1", setting="beta=50"), row("2", method="base")])
+    results.write(str(tmp_path / "y.jsonl"), [row("1")])
+    found = results.read([f"{tmp_path}/a=b/x.jsonl=gentle", f"{tmp_path}/y.jsonl", f"{tmp_path}/a=b/x.jsonl"])
+    assert [(r.method, r.setting) for r in found] == [
+        ("hpo", "gentle, beta=50"), ("base", ""), ("hpo", ""), ("hpo", "beta=50"),
+    ]  # fmt: skip
+
+
 def test_groups_have_means_intervals_and_nulls() -> None:
     rows = [row("1", face=0.2), row("2", face=0.4), row("1", "bob", face=0.9), row("3", face=None)]
     rows += [row("1", method="sft", face=0.1, step=60)]

@@ -14,7 +14,7 @@ import pytest
 from magicid import recipe
 from magicid.evaluation import headline
 from magicid.laboratory.measuring import measuring
-from magicid.laboratory.methods import CHOSEN, LETTER, Plan, Variant
+from magicid.laboratory.methods import LETTER, Plan, Variant
 from magicid.laboratory.study import Study
 
 PLAN = Plan(
@@ -27,7 +27,7 @@ PLAN = Plan(
 @pytest.mark.timeout(1500)
 def test_more_motion_at_equal_identity_and_more_identity_at_equal_motion(tmp_path: Path) -> None:
     smaller = {"repository.trained_clips": 40, "selection.still_pairs": 20}
-    settings = recipe.load("face-world", {**CHOSEN, **smaller})
+    settings = recipe.load("face-world", smaller)
     with measuring(settings, 1) as pool:
         rows = Study(PLAN, settings, pool, tmp_path / "rows").run()
 

@@ -64,6 +64,19 @@ def test_a_moving_copy_of_the_photo_wins_where_the_photo_would() -> None:
     assert {(p.winner_id, p.loser_id) for p in made if p.kind == "P_dy"} == sides("", ONLY_DYNAMIC)
 
 
+def test_a_floor_keeps_winners_that_are_less_like_the_person_than_half_of_the_clips() -> None:
+    unlike = clip(
+        "unlike", schema.TRAINED_CLIP, 0.1, 0.9, 9.9
+    )  # on the upper front for its motion, under the median of 0.3
+    clips, settings = [*CLIPS, unlike], SETTINGS
+    letter = make_pairs(Variant("hpo", ONLY_DYNAMIC), "ada", clips, (), settings)
+    floored = make_pairs(Variant("hpo", ONLY_DYNAMIC, readings=frozenset({"floor"})), "ada", clips, (), settings)
+    assert {p.winner_id for p in letter} == {"stiff", "good", "unlike"}
+    assert {p.winner_id for p in floored} == {"stiff", "good"}
+    few = settings.model_copy(update={"dynamic_pairs": 1})
+    assert len(make_pairs(Variant("hpo", ONLY_DYNAMIC, readings=frozenset({"floor"})), "ada", clips, (), few)) == 1
+
+
 def test_another_person_of_the_same_prompt_and_seed_loses() -> None:
     same = clip("bo", schema.TRAINED_CLIP, 0.0, 0.6, 9.0, prompt=GOOD.prompt)
     other = clip("cy", schema.TRAINED_CLIP, 0.0, 0.6, 9.0, prompt=GOOD.prompt, seed=1)

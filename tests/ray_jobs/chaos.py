@@ -34,8 +34,8 @@ PEOPLE = job.ROOT / "examples/demo.jsonl"
 SMALLEST: dict[str, object] = {
     "repository.trained_clips": 4, "repository.base_clips": 4, "sampling.steps": 2, "sft.steps": 4, "hpo.steps": 8,
     "hpo.batch_size": 2, "hpo.noise_draws": 2, "hpo.validate_every": 0, "trainer.checkpoint_every": 2,
-    "trainer.log_every": 1, "evaluation.clips": 0, "resources.slots": 1, "resources.generator.max_size": 1,
-    "resources.generator.min_size": 1, "fleet.manifest_s": 2,
+    "sft.moving": 0, "trainer.log_every": 1, "evaluation.clips": 0, "resources.slots": 1,
+    "resources.generator.max_size": 1, "resources.generator.min_size": 1, "fleet.manifest_s": 2,
 }  # fmt: skip
 SUBMISSIONS = 5  # a run that needs more is lost
 ONE_START_S = 1800  # nor may one start of the job take longer

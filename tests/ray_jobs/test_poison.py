@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     arguments = job.command(
         folder / "run", folder / "people.jsonl",
         repository__trained_clips=4, repository__base_clips=4, repository__attempts=CAP, sampling__steps=2,
-        sft__steps=4, hpo__steps=4, hpo__validate_every=0, evaluation__clips=0, selection__still_pairs=0,
+        sft__steps=4, hpo__steps=4, hpo__validate_every=0, evaluation__clips=0, selection__still_pairs=0, sft__moving=0,
         resources__max_failures=CAP - 1,
         fleet__clip_limit_s=15, fleet__step_limit_s=30, fleet__memory_limit_gib=1, fleet__window=len(names),
     )  # fmt: skip

@@ -207,9 +207,9 @@ def _rows(name: str, method: str, values: list[float], **more: float) -> list[Me
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (0.02, "HPO is above SFT in face_sim, and below it in no metric."),
+        (0.02, "HPO is above SFT in face_sim, and below it in none of 4 metrics."),
         (0.0, "HPO does not beat SFT: no metric's difference has a 95 % interval above 0."),
-        (-0.02, "HPO does not beat SFT: it is below SFT in face_sim and above it in no metric."),
+        (-0.02, "HPO does not beat SFT: it is below SFT in face_sim and above it in none of 4 metrics."),
     ],
 )
 def test_the_verdict_is_of_clips_of_one_prompt_and_seed(change: float, expected: str) -> None:
@@ -234,8 +234,19 @@ def test_all_together_are_people_and_a_person_counts_as_a_whole() -> None:
     assert together.mean == pytest.approx(0.2)
     assert (together.low, together.high) == pytest.approx((0.1, 0.3))  # either person alone may be drawn
     said, sentences = comparison.verdict(found)
-    assert said == "Over all identities: HPO is above SFT in face_sim, and below it in no metric."
+    assert said == "Over all identities: HPO is above SFT in face_sim, and below it in none of 4 metrics."
     assert sentences[0] == ("face_sim: +0.200 [+0.100, +0.300] in the mean; HPO is above SFT for 2 of 2 identities.")
+
+
+def test_more_motion_with_more_warp_error_is_told_as_perhaps_jitter() -> None:
+    def said(warp: float) -> str:
+        rows = _rows("ada", "sft", [0.2, 0.4], warp_error=2.0) + _rows("ada", "hpo", [0.2, 0.4], warp_error=warp)
+        moving = [dataclasses.replace(r, dynamic_magnitude=3.0) if r.method == "hpo" else r for r in rows]
+        return comparison.verdict(comparison.differences(moving))[0]
+
+    above = "HPO is above SFT in dynamic_magnitude, and below it in none of 4 metrics."
+    assert said(1.9) == above
+    assert said(2.5).startswith(f"{above} Its warp error")
 
 
 def test_an_interval_that_holds_zero_says_nothing() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models import optical_flow
 
 from magicid.errors import RewardError
-from magicid.rewards.dynamics import MotionReward
+from magicid.rewards.dynamics import MotionReward, mean_length
 from tests.rewards.folders import motion_folder
 
 
@@ -75,6 +75,21 @@ def test_small_frames_are_resized_up_and_the_flow_scaled_back() -> None:
 
 def test_score_is_the_mean_length_in_px_per_frame() -> None:
     assert MotionReward(KnownFlow()).score(reds([10, 18], 64, 64)) == pytest.approx(np.hypot(8, 6) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(("window", "shaken"), [(1, 2.0), (2, 0.0), (3, 2 / 3), (4, 0.0), (9, 0.0)])
+def test_what_goes_back_and_forth_cancels_out_in_a_window(window: int, shaken: float) -> None:
+    back_and_forth = torch.tensor([2.0, -2.0, 2.0, -2.0]).view(1, 4, 1, 1, 1) * torch.tensor([1.0, 0.0]).view(2, 1, 1)
+    steady = torch.tensor([3.0, 4.0]).view(1, 1, 2, 1, 1).expand(1, 4, 2, 1, 1)
+    lengths = mean_length(torch.cat([back_and_forth, steady]).expand(2, 4, 2, 5, 6), window)
+    assert lengths.tolist() == pytest.approx([shaken, 5.0])
+
+
+def test_many_clips_score_as_each_alone_under_a_window() -> None:
+    reward = MotionReward(KnownFlow(), window=2)
+    clips = np.stack([reds([0, 8, 24, 8], 48, 48), reds([8, 0, 8, 0], 48, 48)])
+    assert reward.score_many(clips) == pytest.approx([reward.score(clip) for clip in clips])
+    assert reward.score(clips[0]) < MotionReward(KnownFlow()).score(clips[0])
 
 
 def test_odd_sizes_are_padded_to_the_grid_and_cut_again() -> None:
