@@ -35,8 +35,8 @@ demo: $(READY)  ## two people become two video adapters (six to twelve minutes o
 serve: $(READY)  ## the demo's adapters behind http://127.0.0.1:8000
 	@$(BIN)/python -m serve.local adapters=$(RUN)
 
-test: $(READY)  ## all tests
-	@$(BIN)/python -m pytest
+test: $(READY)  ## all tests; PYTEST="-k name" for some
+	@$(BIN)/python -m pytest $(PYTEST)
 
 soak: $(READY)  ## trials that take hours: chaos, load
 	@$(BIN)/python -m pytest -m soak --timeout 3600

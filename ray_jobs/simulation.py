@@ -131,18 +131,21 @@ class SimulatedPools:
     async def _score(self, pipeline: Pipeline, owner: str, clips: list[Clip], spent: dict[str, float]) -> None:
         measured = keeping.is_measured(clips[0])
         asked = [clip for clip in clips if clip.kind not in (MOVING_CLIP, STILL_CLIP)]  # of copies nothing is
+        rewarded = dict(spent)
         for name, _, gpus, seconds, metrics in self._scorers:
             if metrics == measured and asked:
                 async with self._places[name]:
                     took = await self.cluster.work(name, owner, gpus, seconds * len(asked))
-                spent[name] = took / len(asked)
+                rewarded[name] = took / len(asked)
         uris = [clip_uri(clip.clip_id, ".safetensors") for clip in clips]
         if self.rows:
             rows = [{**to_row(clip), "latents_uri": uri, "text_uri": "text"} for clip, uri in zip(clips, uris)]
             made = keeping.keep(self.run, [keeping.Finished(from_row(ScoredClip, row)) for row in rows])
         else:
             made = [
-                Made(clip.clip_id, clip.kind, clip.identity_id, uri, "text", seconds=spent)
+                Made(
+                    clip.clip_id, clip.kind, clip.identity_id, uri, "text", seconds=rewarded if clip in asked else spent
+                )
                 for clip, uri in zip(clips, uris)
             ]
         self.cluster.call("driver", pipeline.received, made)

@@ -52,7 +52,7 @@ def shaken(frames: NDArray[np.uint8], rng: np.random.Generator, deviation: float
 
 
 def measure(recipe: Recipe, count: int = 8, prompts: int = 20, device: str = "cpu") -> list[Row]:
-    """Rows of `count` test people: the renderer's clips of the first held-out prompts, and photos that move and do not."""
+    """Rows of `count` test people: the renderer's clips of held-out prompts, and photos that move and do not."""
     sampling, reward = recipe.sampling, MotionReward.from_pretrained(weights.resolve(recipe.rewards.motion), device)
     pairs = [language.parse(prompt) for prompt in heldout_prompts(recipe, "test")[:prompts]]
     actions, places = zip(*((action, place) for action, place in pairs if action is not None and place is not None))

@@ -81,7 +81,7 @@ def test_everybody_is_made_once_and_the_clock_only_jumps(tmp_path: Path) -> None
 
 def test_a_driver_that_goes_leaves_a_run_that_is_continued(tmp_path: Path) -> None:
     rows = [person(f"p{number}", owner="ab"[number % 2]) for number in range(10)]
-    first = run(tmp_path, rows, lasts_s=42)
+    first = run(tmp_path, rows, lasts_s=48)
     assert 0 < len(first.published) < 10
     second = run(tmp_path, rows, seed=1)
     assert sorted(first.published + second.published) == sorted(row["id"] for row in rows)
@@ -150,7 +150,7 @@ def test_a_row_may_be_corrected_until_it_is_begun_and_consent_withdrawn_until_th
 
 def test_who_left_the_manifest_is_not_waited_for(tmp_path: Path) -> None:
     rows = [person(f"p{number:02}") for number in range(20)]
-    first = run(tmp_path, rows, lasts_s=42)
+    first = run(tmp_path, rows, lasts_s=48)
     left = [name for name, record in first.ledger.records.items() if record.state != ledger.DONE and name >= "p02"]
     assert {first.ledger.records[name].state for name in left} == {ledger.WAITING, ledger.RUNNING}
     second = run(tmp_path, [row for row in rows if row["id"] not in left])

@@ -22,7 +22,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """ada: DreamBooth on single frames for 6 steps; bruno: MagicMe with two tokens."""
     folder, out = tmp_path_factory.mktemp("people"), tmp_path_factory.mktemp("run")
     rows = []
-    for name, recipe in (("ada", {"sft.frames": 1}), ("bruno", {"sft.tokens": 2, "sft.learning_rate": 0.1})):
+    for name, recipe in (
+        ("ada", {"sft.frames": 1, "sft.learning_rate": 5e-4}),
+        ("bruno", {"sft.tokens": 2, "sft.learning_rate": 0.1}),
+    ):
         shutil.copytree(EXAMPLES / name, folder / name)
         photos = [f"{name}/{photo.name}" for photo in sorted((folder / name).iterdir())]
         rows.append({"id": name, "owner": "t", "photos": photos, "overrides": recipe})
