@@ -57,7 +57,7 @@ def to_markdown(
     parts = ["# Results\n", _methods(rows, reference), _headline(rows, threshold), _minus_hpo(rows)]
     parts += [f"![{figures.TITLES[name]}]({name}.svg)\n" for name in drawn]
     if len({row.method for row in rows}) > 1:
-        parts += ["## The paper's own numbers\n", *(paper.markdown(table) for table in paper.TABLES)]
+        parts += ["## The paper's own numbers\n", *(paper.markdown(one) for one in paper.TABLES)]
         parts.append("40 people, 40 prompts, 61 frames of HunyuanVideo: of other worlds the order compares.\n")
     return "\n".join(parts)
 

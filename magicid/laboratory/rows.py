@@ -60,7 +60,9 @@ class Rows:
         file = self.file(method, setting, step, key)
         if file.exists():
             return
-        samples = [Sample(c.frames, self._fps, c.prompt, self._references[c.person.name]) for c in clips]
+        samples = [
+            Sample(c.frames, self._fps, c.prompt, self._references[c.person.name], list(c.person.photos)) for c in clips
+        ]
         rows = [
             MetricRow(
                 clip_id="/".join(map(str, (method, setting, step, c.person.name, c.train_seed, c.seed, len(c.frames)))),

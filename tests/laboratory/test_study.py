@@ -12,6 +12,7 @@ from magicid.laboratory.measuring import Measuring, measuring
 from magicid.laboratory.methods import Plan, Variant
 from magicid.laboratory.study import Study
 from magicid.recipe import Recipe
+from magicid.schema import MetricRow
 
 PLAN = Plan(
     group="dev", people=2, prompts=2, train_seeds=(5,), sft_steps=(1, 3), frames_steps=(3,), tokens_steps=(2,),
@@ -25,7 +26,7 @@ SMALLEST = {
 }  # fmt: skip
 
 
-def run(settings: Recipe, pool: Measuring, out: Path) -> tuple[dict[str, object], list[str]]:
+def run(settings: Recipe, pool: Measuring, out: Path) -> tuple[dict[str, MetricRow], list[str]]:
     """One start of the study: its rows by clip and method, and what it said."""
     said: list[str] = []
     rows = Study(PLAN, settings, pool, out, "cpu", said.append).run()
@@ -36,6 +37,7 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
     settings = recipe.load("face-world", SMALLEST)
     with measuring(settings, 1) as pool:
         rows, said = run(settings, pool, tmp_path)
+        assert all(row.clip_i is not None for row in rows.values())
         each = PLAN.people * PLAN.prompts
         long = PLAN.people  # a quarter of the prompts, at least one, once more in 5 frames
         expected = dict.fromkeys(
