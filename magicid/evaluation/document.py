@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from magicid import storage
 from magicid.evaluation import figures, headline, paper, results
-from magicid.evaluation.intervals import LEVEL, Interval, ratio
+from magicid.evaluation.intervals import LEVEL, Interval, difference, ratio
 from magicid.evaluation.metrics.video import LEAST_CLIPS, frechet_distance
 from magicid.evaluation.names import MOTIONS, method_name, order
 from magicid.markdown import table
@@ -183,7 +184,7 @@ def _minus_hpo(rows: Sequence[MetricRow]) -> str:
     measures = [name for name in DIFFERENCES if any(getattr(row, name) is not None for row in hpo)]
     lines = []
     for group in sorted(last, key=lambda key: (order(key[0]), key)):
-        found = [results.compare(last[group], hpo, name) for name in measures]
+        found = [results.compare(hpo, last[group], name, _minus) for name in measures]
         if last[group] is not hpo and any(found):
             cells = ["–" if one is None else _cell(one, one.clips, DIGITS[name]) for name, one in zip(measures, found)]
             clips = max(one.clips for one in found if one)
@@ -194,6 +195,11 @@ def _minus_hpo(rows: Sequence[MetricRow]) -> str:
     return (
         f"## Minus HPO, clip by clip\n\n{text}\nThe same person, prompt, seed and training; N clips that both have.\n"
     )
+
+
+def _minus(means: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The other method minus HPO, which comes first so that the base model stands beside every training of it."""
+    return -difference(means)
 
 
 def _named(method: str, setting: str) -> str:

@@ -78,17 +78,22 @@ def read(locations: Iterable[str]) -> list[MetricRow]:
 def _named(given: str) -> tuple[str, str]:
     """(location, name) of `LOCATION=NAME`; the name is empty where none is given: a path may have a = of its own."""
     location, equals, name = given.rpartition("=")
-    return (location, name) if equals and not set(name) & set("/.") else (given, "")
+    return (given, "") if not equals or "/" in name or _listed(given) else (location, name)
 
 
 def _files(location: str) -> list[str]:
-    if location.endswith((".parquet", ".jsonl")):
-        return [location]
-    found = [file for name in _OF_A_RUN for file in storage.list_files(storage.join(location, name))]
-    files = [file for file in found or storage.list_files(location) if file.endswith((".parquet", ".jsonl"))]
+    files = _listed(location)
     if not files:
         raise StorageError(f"{location} holds no results", "give a run directory, or .parquet or .jsonl files of rows")
     return files
+
+
+def _listed(location: str) -> list[str]:
+    """The files of rows of a location; empty where there are none."""
+    if location.endswith((".parquet", ".jsonl")):
+        return [location]
+    found = [file for name in _OF_A_RUN for file in storage.list_files(storage.join(location, name))]
+    return [file for file in found or storage.list_files(location) if file.endswith((".parquet", ".jsonl"))]
 
 
 def _rows(file: str) -> list[MetricRow]:

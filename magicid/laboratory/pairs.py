@@ -51,7 +51,7 @@ def make_pairs(
     if PANNED in variant.readings:
         panned = [clip for clip in clips if clip.kind == schema.MOVING_CLIP]
         pairs = [_with_winner(p, panned[p.rank % len(panned)]) if p.kind == STATIC_PAIR else p for p in pairs]
-    if FLOOR in variant.readings:
+    if FLOOR in variant.readings and variant.pairs != STATIC_PAIR:
         pairs = [p for p in pairs if p.kind != DYNAMIC_PAIR] + _above_floor(person, clips, settings)
     if variant.readings & {DOMINATES, BY_MOTION}:
         pairs = [p for p in pairs if p.kind != DYNAMIC_PAIR]

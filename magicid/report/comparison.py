@@ -133,8 +133,8 @@ def verdict(found: Differences) -> tuple[str, list[str]]:
     signs = {metric: [sign(found.get((p, "hpo", metric))) for p in judged] for metric in metrics}
     above, below = ([metric for metric in metrics if way in signs[metric]] for way in (1, -1))
     headline = _headline(above, below)
-    rough = any(sign(found.get((p, "hpo", JITTER))) > 0 for p in judged)
-    if rough and set(above) & set(MOTIONS):
+    rough = [sign(found.get((p, "hpo", JITTER))) > 0 for p in judged]
+    if any(all(both) for metric in MOTIONS if metric in above for both in zip(rough, (s > 0 for s in signs[metric]))):
         headline += " Its warp error, which jitter raises, is above SFT's too: a part of the motion may be jitter."
     sentences = [
         _sentence(metric, [sign(found[p, "hpo", metric]) for p in people], found.get((EVERYBODY, "hpo", metric)))

@@ -69,6 +69,11 @@ def test_every_method_is_told_minus_hpo_clip_by_clip() -> None:
     assert float(sft[4].split()[0]) == pytest.approx(4 - 9, abs=0.3)
     assert sft[5].startswith("-1.00 [-1.00, -1.00]")
     assert not any(line.startswith("| HPO") for line in lines)
+    again = [dataclasses.replace(r, train_seed=1) for r in rows if r.method != "base"]
+    both = document.to_markdown([*rows, *again])
+    base = next(line for line in both[both.index("## Minus HPO") :].splitlines() if line.startswith("| base model"))
+    assert base.split(" | ")[2] == "24", "the base model has one training and stands beside every one of HPO"
+    assert float(base.split(" | ")[4].split()[0]) == pytest.approx(10 - 9, abs=0.3)
     assert "Minus HPO" not in document.to_markdown([r for r in rows if r.method != "hpo"])
 
 

@@ -49,9 +49,9 @@ def test_runs_files_and_folders_are_read_together(tmp_path) -> None:
 def test_a_name_tells_the_methods_of_one_run_from_those_of_another(tmp_path) -> None:
     results.write(str(tmp_path / "a=b" / "x.jsonl"), [row("1", setting="beta=50"), row("2", method="base")])
     results.write(str(tmp_path / "y.jsonl"), [row("1")])
-    found = results.read([f"{tmp_path}/a=b/x.jsonl=gentle", f"{tmp_path}/y.jsonl", f"{tmp_path}/a=b/x.jsonl"])
+    found = results.read([f"{tmp_path}/a=b/x.jsonl=v1.2", f"{tmp_path}/y.jsonl", f"{tmp_path}/a=b"])
     assert [(r.method, r.setting) for r in found] == [
-        ("hpo", "gentle, beta=50"), ("base", ""), ("hpo", ""), ("hpo", "beta=50"),
+        ("hpo", "v1.2, beta=50"), ("base", ""), ("hpo", ""), ("hpo", "beta=50"),
     ]  # fmt: skip
 
 

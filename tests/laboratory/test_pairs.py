@@ -64,7 +64,7 @@ def test_a_moving_copy_of_the_photo_wins_where_the_photo_would() -> None:
     assert {(p.winner_id, p.loser_id) for p in made if p.kind == "P_dy"} == sides("", ONLY_DYNAMIC)
 
 
-def test_a_floor_keeps_winners_that_are_less_like_the_person_than_half_of_the_clips() -> None:
+def test_a_floor_keeps_out_winners_that_are_less_like_the_person_than_half_of_the_clips() -> None:
     unlike = clip(
         "unlike", schema.TRAINED_CLIP, 0.1, 0.9, 9.9
     )  # on the upper front for its motion, under the median of 0.3
