@@ -19,11 +19,10 @@ from magicid.backbones import load_backbone
 from magicid.clips import inflate_photo
 from magicid.evaluation.intervals import hierarchical
 from magicid.evaluation.metrics import Metrics
-from magicid.laboratory.people import SEED, heldout_prompts, people
+from magicid.laboratory.people import SEED, heldout_actions, people
 from magicid.markdown import table
 from magicid.recipe import Recipe
 from magicid.rewards.identity import IdentityReward
-from magicid.world import language
 from magicid.world.renderer import render_clips, sample_people
 
 THRESHOLD = 0.545
@@ -68,20 +67,17 @@ def measure(recipe: Recipe, count: int = 8, device: str = "cpu") -> list[Row]:
     if faces is None:
         raise ValueError("the recipe names no metric recogniser: set evaluation.identity")
     sampling, backbone = recipe.sampling, load_backbone(recipe, parts=("vae",), device=device)
-    pairs = [language.parse(prompt) for prompt in heldout_prompts(recipe, "test")]
-    known = [(action, place) for action, place in pairs if action is not None and place is not None]
-    actions, places = (list(column) for column in zip(*known))
-    seeds = [recipe.evaluation.seed + i for i in range(len(known))]
+    actions, places, seeds = heldout_actions(recipe, "test")
     moving, still, owners, whose = [], [], [], []
     references = []
     for number, (person, look) in enumerate(zip(people("test", count), sample_people(count, SEED + 1))):
         found = faces.embed(person.photos)
         references.append(found[~np.isnan(found).any(1)])
-        moving.append(render_clips(np.repeat(look[None], len(known), 0), actions, places, seeds).frames)
+        moving.append(render_clips(np.repeat(look[None], len(seeds), 0), actions, places, seeds).frames)
         still.append(
             np.stack([inflate_photo(p, sampling.frames, sampling.height, sampling.width) for p in person.photos])
         )
-        owners += [number] * len(known)
+        owners += [number] * len(seeds)
         whose += [number] * len(person.photos)
     rows = []
     for name, clips, of in (("clips", np.concatenate(moving), owners), ("photos", np.concatenate(still), whose)):

@@ -23,11 +23,10 @@ from magicid.backbones import load_backbone
 from magicid.clips import inflate_photo, pan_photo
 from magicid.evaluation.intervals import hierarchical
 from magicid.evaluation.metrics import Metrics, Sample
-from magicid.laboratory.people import SEED, heldout_prompts, people
+from magicid.laboratory.people import SEED, heldout_actions, heldout_prompts, people
 from magicid.markdown import table
 from magicid.recipe import Recipe
 from magicid.rewards.dynamics import MotionReward, mean_length
-from magicid.world import language
 from magicid.world.renderer import render_clips, sample_people
 
 WINDOWS = (1, 2, 3, 4)
@@ -54,9 +53,7 @@ def shaken(frames: NDArray[np.uint8], rng: np.random.Generator, deviation: float
 def measure(recipe: Recipe, count: int = 8, prompts: int = 20, device: str = "cpu") -> list[Row]:
     """Rows of `count` test people: the renderer's clips of held-out prompts, and photos that move and do not."""
     sampling, reward = recipe.sampling, MotionReward.from_pretrained(weights.resolve(recipe.rewards.motion), device)
-    pairs = [language.parse(prompt) for prompt in heldout_prompts(recipe, "test")[:prompts]]
-    actions, places = zip(*((action, place) for action, place in pairs if action is not None and place is not None))
-    seeds = [recipe.evaluation.seed + i for i in range(len(actions))]
+    actions, places, seeds = (column[:prompts] for column in heldout_actions(recipe, "test"))
     size = (sampling.frames, sampling.height, sampling.width)
     clips: dict[str, list[NDArray[np.uint8]]] = {}
     owners: dict[str, list[int]] = {}

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from magicid.prompts import for_class, load_prompts
 from magicid.recipe import Recipe
+from magicid.world import language
 from magicid.world.renderer import render_photos, sample_people
 
 CLASS_WORD = "person"
@@ -33,6 +34,14 @@ def people(group: str, count: int, photos: int = 6) -> list[Person]:
     offset = {"dev": 0, "test": 1}[group]
     looks = sample_people(count, SEED + offset)
     return [Person(f"{group}-{i}", render_photos(look, photos, SEED + 10 * i + offset)) for i, look in enumerate(looks)]
+
+
+def heldout_actions(recipe: Recipe, group: str) -> tuple[list[int], list[int], list[int]]:
+    """Actions, places and noise seeds of the held-out prompts that name both: what the renderer can be asked."""
+    pairs = [language.parse(prompt) for prompt in heldout_prompts(recipe, group)]
+    known = [(action, place) for action, place in pairs if action is not None and place is not None]
+    seeds = [recipe.evaluation.seed + i for i in range(len(known))]
+    return [action for action, _ in known], [place for _, place in known], seeds
 
 
 def heldout_prompts(recipe: Recipe, group: str) -> list[str]:

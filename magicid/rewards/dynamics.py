@@ -119,7 +119,9 @@ class MotionReward:
 def mean_length(flow: Tensor, window: int) -> Tensor:
     """Mean length float64 (N,) of flow (N, T, 2, H, W), averaged over every `window` consecutive pairs before."""
     window = min(window, flow.shape[1])
-    averaged = flow.double().unfold(1, window, 1).mean(-1)  # (N, T - window + 1, 2, H, W)
+    averaged = flow.double()
+    if window > 1:  # a window of 1 would copy a gigabyte of a large clip's flow for nothing
+        averaged = averaged.unfold(1, window, 1).mean(-1)  # (N, T - window + 1, 2, H, W)
     return torch.linalg.norm(averaged, dim=2).flatten(1).mean(1)
 
 
