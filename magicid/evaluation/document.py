@@ -156,9 +156,7 @@ _HOW = (
 
 def _headline(rows: Sequence[MetricRow], threshold: float | None) -> str:
     """Each method against self-reconstruction, and what is left of the base model's actions."""
-    found: dict[tuple[Any, ...], dict[str, headline.Beyond]] = {}
-    for one in headline.beyond(rows):
-        found.setdefault((one.method, one.setting, one.step, one.curve), {})[one.measure] = one
+    found, by_prompt = (_by_measure(headline.beyond(rows, whole)) for whole in ("identity_id", "prompt"))
     if not found:
         return ""
     last = results.grouped(results.last_steps(rows), results.BY)
@@ -169,12 +167,27 @@ def _headline(rows: Sequence[MetricRow], threshold: float | None) -> str:
     lines = []
     for (method, setting, step, curve), by in found.items():
         own = last[method, setting, step]
-        cells = [_plainly(by[name].motion if name in by else None, 2) for name in MOTIONS]
-        cells += [_plainly(by[name].identity if name in by else None, 3) for name in MOTIONS]
-        cells.append(_plainly(results.compare(own, base, "action", ratio), 2))
+        cells = [_plainly(results.compare(own, base, "action", ratio), 2)]
         cells += [_plainly(results.share_above(own, "face_sim", threshold), 2)] if threshold is not None else []
-        lines.append([_named(method, setting), str(step), _named(*curve), *cells])
+        lines.append([_named(method, setting), str(step), _named(*curve), *_beyond_cells(by), *cells])
+        if (method, setting) == ("hpo", ""):
+            again = _beyond_cells(by_prompt[method, setting, step, curve])
+            lines.append(["the same, prompts drawn as wholes instead of people", "", "", *again, *([""] * len(cells))])
     return f"## Against self-reconstruction\n\n{table(heads, lines, left=3)}\n{_HOW}\n"
+
+
+def _by_measure(found: Sequence[headline.Beyond]) -> dict[tuple[Any, ...], dict[str, headline.Beyond]]:
+    """(method, setting, step, curve) -> measure of motion -> what was found."""
+    both: dict[tuple[Any, ...], dict[str, headline.Beyond]] = {}
+    for one in found:
+        both.setdefault((one.method, one.setting, one.step, one.curve), {})[one.measure] = one
+    return both
+
+
+def _beyond_cells(by: dict[str, headline.Beyond]) -> list[str]:
+    """The ratios of motion, then the differences of face_sim."""
+    cells = [_plainly(by[name].motion if name in by else None, 2) for name in MOTIONS]
+    return cells + [_plainly(by[name].identity if name in by else None, 3) for name in MOTIONS]
 
 
 def _minus_hpo(rows: Sequence[MetricRow]) -> str:

@@ -45,8 +45,13 @@ class Beyond:
     identity: Interval
 
 
-def beyond(rows: Sequence[MetricRow]) -> list[Beyond]:
-    """Every method that is no self-reconstruction against every curve of self-reconstruction, by both motions."""
+def beyond(rows: Sequence[MetricRow], whole: str = "identity_id") -> list[Beyond]:
+    """Every method that is no self-reconstruction against every curve of self-reconstruction, by both motions.
+
+    Args:
+        whole: what a resample draws as wholes. People, or with `prompt` the prompts, so that the interval tells what
+            hangs on their choice; the intervals then count prompts as their `people`.
+    """
     rows = results.of_usual_length(rows)
     curves = {key: own for key, own in results.grouped(rows, ["method", "setting"]).items() if key[0] in RECONSTRUCTION}
     base, found = [row for row in rows if row.method == "base"], []
@@ -55,20 +60,20 @@ def beyond(rows: Sequence[MetricRow]) -> list[Beyond]:
         for key, of_curve in curves.items():
             checkpoints = [base, *(part for _, part in sorted(results.grouped(of_curve, ["step"]).items()))]
             for measure in MOTIONS:
-                both = _against(own, [part for part in checkpoints if part], measure)
+                both = _against(own, [part for part in checkpoints if part], measure, whole)
                 if both is not None:
                     found.append(Beyond(method, setting, step, (key[0], key[1]), measure, *both))
     return found
 
 
 def _against(
-    own: Sequence[MetricRow], checkpoints: Sequence[Sequence[MetricRow]], measure: str
+    own: Sequence[MetricRow], checkpoints: Sequence[Sequence[MetricRow]], measure: str, whole: str
 ) -> tuple[Interval, Interval] | None:
     """(ratio of motion, difference of face_sim); None without clips that all of them have."""
-    matched = results.matched([own, *checkpoints], ["face_sim", measure])
+    matched = results.matched([own, *checkpoints], ["face_sim", measure], whole)
     if not matched:
         return None
-    people, seeds, values = zip(*matched)
+    wholes, seeds, values = zip(*matched)
 
     def motion(means: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(means[..., 1] / _read(means[..., 2::2], means[..., 3::2], means[..., 0]))
@@ -76,7 +81,7 @@ def _against(
     def identity(means: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(means[..., 0] - _read(means[..., 3::2], means[..., 2::2], means[..., 1]))
 
-    one, other = (hierarchical(np.array(values), people, seeds, statistic=f) for f in (motion, identity))
+    one, other = (hierarchical(np.array(values), wholes, seeds, statistic=f) for f in (motion, identity))
     return (one, other) if one and other else None
 
 

@@ -149,9 +149,11 @@ def last_steps(rows: Sequence[MetricRow]) -> list[MetricRow]:
     return kept
 
 
-def matched(methods: Sequence[Sequence[MetricRow]], measures: Sequence[str]) -> list[tuple[str, int, list[float]]]:
+def matched(
+    methods: Sequence[Sequence[MetricRow]], measures: Sequence[str], whole: str = "identity_id"
+) -> list[tuple[str, int, list[float]]]:
     """(person, training seed, values) of the clips that every method has, all measures of the first method first. A
-    method with one training (the base model) is taken for every training of the first."""
+    method with one training (the base model) is taken for every training of the first. `whole`: what comes first."""
     found, others = [], [({_key(row): row for row in rows}, {row.train_seed for row in rows}) for rows in methods[1:]]
     for row in sorted(methods[0], key=lambda row: row.clip_id):
         same = [row]
@@ -160,7 +162,7 @@ def matched(methods: Sequence[Sequence[MetricRow]], measures: Sequence[str]) -> 
             same += [rows[key]] if key in rows else [rows[k] for k in [(*key[:-1], *trainings)] if k in rows]
         values = [getattr(clip, measure) for clip in same for measure in measures]
         if len(same) == len(methods) and all(map(_known, values)):
-            found.append((row.identity_id, row.train_seed, values))
+            found.append((str(getattr(row, whole)), row.train_seed, values))
     return found
 
 

@@ -51,6 +51,16 @@ def test_a_method_on_the_curve_is_not_beyond_it() -> None:
     assert flow.identity.low < 0 < flow.identity.high
 
 
+def test_what_hangs_on_the_choice_of_prompts_shows_where_these_are_drawn() -> None:
+    easy = [dataclasses.replace(r, dynamic_magnitude=5.5 + r.seed) for r in clips("hpo", 100, 0.3, 8)]
+    by_person, by_prompt = (headline.beyond([*CURVE, *easy], whole)[0].motion for whole in ("identity_id", "prompt"))
+    assert by_person.mean == pytest.approx(8 / 5)
+    assert by_prompt.mean == pytest.approx(8 / 5)
+    assert (by_person.people, by_prompt.people) == (3, 6)
+    widths = [one.high - one.low for one in (by_prompt, by_person)]
+    assert 1.3 < widths[0] / widths[1] < 2.2  # six prompts drawn, not eighteen clips: the root of 3
+
+
 def test_clips_of_another_length_take_no_part() -> None:
     long = [dataclasses.replace(r, frames=25, face_sim=0.9, clip_id=r.clip_id + "-25") for r in clips("hpo", 100, 0, 1)]
     rows = [*CURVE, *clips("hpo", 100, 0.3, 8), *long[:5]]
@@ -70,4 +80,6 @@ def test_the_document_tells_it() -> None:
         "1.00",
         "1.00",
     ]
+    again = next(line for line in text.splitlines() if line.startswith("| the same, prompts drawn"))
+    assert [cell.strip().split()[0] for cell in again.split("|")[4:8]] == ["1.60", "1.60", "0.200", "0.200"]
     assert "Against self-reconstruction" not in document.to_markdown(CURVE)
