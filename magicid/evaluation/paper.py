@@ -7,53 +7,93 @@ reproduced here; of the face world's, only the order can be compared with theirs
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from magicid.evaluation.names import method_name
 from magicid.markdown import table as markdown_table
+
+FVD = "fvd"
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """A method of the paper: its numbers, and what it is called here, the first that is there."""
+
+    name: str
+    here: tuple[str, ...]
+    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table of the paper: rows of (method, one value per column)."""
+    """One table of the paper.
+
+    Attributes:
+        columns: (its name for a number, our measures of the same, the first that is there).
+    """
 
     title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[float, ...]], ...]
+    columns: tuple[tuple[str, tuple[str, ...]], ...]
+    rows: tuple[PaperRow, ...]
 
 
+FACE, MOTION = ("face sim", ("face_sim",)), ("dynamic degree", ("dynamic_magnitude",))
+TEXT = ("CLIP-T", ("clip_t", "prompt_score"))  # without CLIP, how surely action and place are recognised
 METHODS = PaperTable(
     "Table 1, methods",
-    ("face sim", "dynamic degree", "temporal consistency", "CLIP-T", "CLIP-I", "FVD"),
+    (FACE, MOTION, ("temporal consistency", ("temporal_consistency",)), TEXT, ("CLIP-I", ("clip_i",)), ("FVD", (FVD,))),
     (
-        ("DreamBooth-LoRA", (0.276, 5.690, 0.9922, 25.83, 46.55, 1423.55)),
-        ("MagicMe", (0.322, 5.332, 0.9924, 25.42, 62.45, 1438.66)),
-        ("ID-Animator", (0.433, 10.33, 0.9938, 25.21, 49.33, 1558.33)),
-        ("ConsisID", (0.482, 9.26, 0.9811, 26.12, 63.88, 1633.21)),
-        ("MagicID", (0.600, 14.42, 0.9933, 26.28, 78.83, 1228.33)),
+        PaperRow("DreamBooth-LoRA", ("dreambooth",), (0.276, 5.690, 0.9922, 25.83, 46.55, 1423.55)),
+        PaperRow("MagicMe", ("magicme",), (0.322, 5.332, 0.9924, 25.42, 62.45, 1438.66)),
+        PaperRow("ID-Animator", ("ID-Animator",), (0.433, 10.33, 0.9938, 25.21, 49.33, 1558.33)),
+        PaperRow("ConsisID", ("ConsisID",), (0.482, 9.26, 0.9811, 26.12, 63.88, 1633.21)),
+        PaperRow("MagicID", ("hpo",), (0.600, 14.42, 0.9933, 26.28, 78.83, 1228.33)),
     ),
 )
+START, WHOLE = (
+    ("sft_moving", "sft"),
+    ("no_copies", "hpo"),
+)  # what preferences begin with; both kinds of pair, all rewards
 PAIRS = PaperTable(
     "Table 2, pairs",
-    ("face sim", "dynamic degree", "CLIP-T"),
+    (FACE, MOTION, TEXT),
     (
-        ("none", (0.276, 5.690, 25.83)),
-        ("P_id", (0.605, 7.382, 25.94)),
-        ("P_id and P_dy", (0.600, 14.42, 26.28)),
+        PaperRow("none", START, (0.276, 5.690, 25.83)),
+        PaperRow("P_id", ("p_id",), (0.605, 7.382, 25.94)),
+        PaperRow("P_id and P_dy", WHOLE, (0.600, 14.42, 26.28)),
     ),
 )
 REWARDS = PaperTable(
     "Table 3, rewards",
-    ("face sim", "dynamic degree", "CLIP-T"),
+    (FACE, MOTION, TEXT),
     (
-        ("identity", (0.598, 6.332, 24.92)),
-        ("identity, dynamics", (0.607, 12.33, 25.73)),
-        ("all three", (0.600, 14.42, 26.28)),
+        PaperRow("identity", ("rewards_id",), (0.598, 6.332, 24.92)),
+        PaperRow("identity, dynamics", ("rewards_id_dy",), (0.607, 12.33, 25.73)),
+        PaperRow("all three", WHOLE, (0.600, 14.42, 26.28)),
     ),
 )
 TABLES = (METHODS, PAIRS, REWARDS)
 
 
-def markdown(table: PaperTable) -> str:
-    """The table as Markdown, ending with a new line."""
-    rows = [[name, *(f"{value:g}" for value in values)] for name, values in table.rows]
-    return markdown_table(["the paper: " + table.title, *table.columns], rows)
+def markdown(
+    table: PaperTable, methods: Collection[str], measures: Collection[str], cell: Callable[[str, str], str]
+) -> str:
+    """The table as Markdown, ending with a new line, what was measured here beside each number of the paper.
+
+    Args:
+        methods, measures: that there are here.
+        cell: a measure of a method as text.
+    """
+    ours = [next((name for name in names if name in measures), None) for _, names in table.columns]
+    heads = ["the paper: " + table.title, "here"]
+    for (name, _), measure in zip(table.columns, ours):
+        heads += [name, *([f"{measure}, here"] if measure else [])]
+    lines = []
+    for row in table.rows:
+        method = next((name for name in row.here if name in methods), None)
+        cells = [row.name, method_name(method) if method else "–"]
+        for value, measure in zip(row.values, ours):
+            cells += [f"{value:g}", *([cell(method, measure) if method else "–"] if measure else [])]
+        lines.append(cells)
+    return markdown_table(heads, lines, left=2)
