@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,7 @@ def conditions(rows: Sequence[MetricRow]) -> dict[str, Any]:
 
 def _methods(rows: Sequence[MetricRow], reference: Sequence[MetricRow]) -> str:
     last = results.last_steps(rows)
-    measures = [name for name in results.MEASURES if any(getattr(row, name) is not None for row in last)]
+    measures = _measured(last, results.MEASURES)
     heads = ["method", "steps", "N", *measures, *([f"fvd to {len(reference)} clips"] if reference else [])]
     lines = []
     groups = results.grouped(last, results.BY)
@@ -193,14 +194,12 @@ def _minus_hpo(rows: Sequence[MetricRow]) -> str:
     """Every method at its last step minus HPO, clip by clip: what is left of it when a part is taken away."""
     last = results.grouped(results.last_steps(rows), results.BY)
     hpo = next((own for (method, setting, _), own in last.items() if (method, setting) == ("hpo", "")), [])
-    measures = [name for name in DIFFERENCES if any(getattr(row, name) is not None for row in hpo)]
+    measures = _measured(hpo, DIFFERENCES)
     lines = []
     for group in sorted(last, key=lambda key: (order(key[0]), key)):
-        found = [results.compare(hpo, last[group], name, _minus) for name in measures]
-        if last[group] is not hpo and any(found):
-            cells = ["–" if one is None else _cell(one, one.clips, DIGITS[name]) for name, one in zip(measures, found)]
-            clips = max(one.clips for one in found if one)
-            lines.append([_named(group[0], group[1]), str(group[2] or "–"), str(clips), *cells])
+        cells = _minus_cells(last[group], hpo, measures) if last[group] is not hpo else []
+        if cells:
+            lines.append([_named(group[0], group[1]), str(group[2] or "–"), *cells])
     if not lines:
         return ""
     text = table(["method", "steps", "N", *measures], lines)
@@ -209,29 +208,55 @@ def _minus_hpo(rows: Sequence[MetricRow]) -> str:
     )
 
 
+def _minus_cells(one: Sequence[MetricRow], other: Sequence[MetricRow], measures: Sequence[str]) -> list[str]:
+    """N and the differences of one method from another; empty where they share no clip."""
+    found = [results.compare(other, one, name, _minus) for name in measures]
+    if not any(found):
+        return []
+    cells = [_plainly(interval, DIGITS[name]) for name, interval in zip(measures, found)]
+    return [str(max(interval.clips for interval in found if interval)), *cells]
+
+
 def _minus(means: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The other method minus HPO, which comes first so that the base model stands beside every training of it."""
+    """The second method minus the first: the base model, where it is one, stands beside every training of the first."""
     return -difference(means)
 
 
 def _beside_paper(rows: Sequence[MetricRow], reference: Sequence[MetricRow]) -> str:
     """The paper's three tables, each number of theirs with ours beside it."""
     own = {m: members for (m, s, _), members in results.grouped(results.last_steps(rows), results.BY).items() if not s}
-    ours = [row for members in own.values() for row in members]
-    measures = {name for name in results.MEASURES if any(getattr(row, name) is not None for row in ours)}
+    measures = _measured([row for members in own.values() for row in members], results.MEASURES)
 
     def cell(method: str, measure: str) -> str:
         if measure == paper.FVD:
             return _number(fvd(own[method], reference), 1)
         return _cell(results.estimate(own[method], measure), len(own[method]), DIGITS[measure])
 
-    known = measures | ({paper.FVD} if reference else set())
-    tables = "\n".join(paper.markdown(one, own, known, cell) for one in paper.TABLES)
+    known = [*measures, *([paper.FVD] if reference else [])]
+    tables = "\n".join(paper.markdown(one, own, known, cell) + _steps_of(one, own) for one in paper.TABLES)
     return (
         f"## Beside the paper\n\n{tables}\n"
         "The paper: 40 people, 40 prompts, 61 frames of HunyuanVideo; here: as under the first table. Of other worlds "
         "the order compares, not the numbers.\n"
     )
+
+
+def _steps_of(table_: paper.PaperTable, own: Mapping[str, Sequence[MetricRow]]) -> str:
+    """Each row of tables 2 and 3 minus the one above it; empty without two of them."""
+    if not table_.steps:
+        return ""
+    measures = _measured([row for members in own.values() for row in members], DIFFERENCES)
+    found = [(row.name, method) for row in table_.rows if (method := row.method(own))]
+    lines = []
+    for (above, before), (name, method) in itertools.pairwise(found):
+        cells = _minus_cells(own[method], own[before], measures)
+        lines += [[f"{name} minus {above}", *cells]] if cells else []
+    return f"\n{table(['clip by clip', 'N', *measures], lines)}" if lines else ""
+
+
+def _measured(rows: Sequence[MetricRow], names: Sequence[str]) -> list[str]:
+    """The measures that one row at least has."""
+    return [name for name in names if any(getattr(row, name) is not None for row in rows)]
 
 
 def _named(method: str, setting: str) -> str:

@@ -24,6 +24,10 @@ class PaperRow:
     here: tuple[str, ...]
     values: tuple[float, ...]
 
+    def method(self, methods: Collection[str]) -> str | None:
+        """Which of `methods` it is; None where it is none of them."""
+        return next((name for name in self.here if name in methods), None)
+
 
 @dataclass(frozen=True)
 class PaperTable:
@@ -31,11 +35,13 @@ class PaperTable:
 
     Attributes:
         columns: (its name for a number, our measures of the same, the first that is there).
+        steps: whether each row adds something to the one above it.
     """
 
     title: str
     columns: tuple[tuple[str, tuple[str, ...]], ...]
     rows: tuple[PaperRow, ...]
+    steps: bool = False
 
 
 FACE, MOTION = ("face sim", ("face_sim",)), ("dynamic degree", ("dynamic_magnitude",))
@@ -63,6 +69,7 @@ PAIRS = PaperTable(
         PaperRow("P_id", ("p_id",), (0.605, 7.382, 25.94)),
         PaperRow("P_id and P_dy", WHOLE, (0.600, 14.42, 26.28)),
     ),
+    steps=True,
 )
 REWARDS = PaperTable(
     "Table 3, rewards",
@@ -72,6 +79,7 @@ REWARDS = PaperTable(
         PaperRow("identity, dynamics", ("rewards_id_dy",), (0.607, 12.33, 25.73)),
         PaperRow("all three", WHOLE, (0.600, 14.42, 26.28)),
     ),
+    steps=True,
 )
 TABLES = (METHODS, PAIRS, REWARDS)
 
@@ -91,7 +99,7 @@ def markdown(
         heads += [name, *([f"{measure}, here"] if measure else [])]
     lines = []
     for row in table.rows:
-        method = next((name for name in row.here if name in methods), None)
+        method = row.method(methods)
         cells = [row.name, method_name(method) if method else "–"]
         for value, measure in zip(row.values, ours):
             cells += [f"{value:g}", *([cell(method, measure) if method else "–"] if measure else [])]

@@ -77,6 +77,21 @@ def test_every_method_is_told_minus_hpo_clip_by_clip() -> None:
     assert "Minus HPO" not in document.to_markdown([r for r in rows if r.method != "hpo"])
 
 
+def test_each_row_of_the_papers_tables_is_told_minus_the_one_above() -> None:
+    rows = [dataclasses.replace(r, seed=int(r.clip_id.split("-")[2])) for r in curve_rows()]
+    more = [dataclasses.replace(r, method="p_id", dynamic_magnitude=2.0) for r in rows if r.method == "hpo"]
+    text = document.to_markdown([*rows, *more])
+    start = text.index("| the paper: Table 2")
+    lines = text[start : text.index("| the paper: Table 3")].splitlines()
+    steps = [line.split(" | ") for line in lines if " minus " in line]
+    assert [(cells[0], cells[1]) for cells in steps] == [
+        ("| P_id minus none", "12"),
+        ("| P_id and P_dy minus P_id", "12"),
+    ]
+    assert [float(cells[3].split()[0]) for cells in steps] == pytest.approx([2 - 4, 9 - 2], abs=0.3)
+    assert " minus " not in document.to_markdown(rows)[start:].split("| the paper: Table 3")[1], "of two it has none"
+
+
 def test_figures_are_drawn_from_what_is_there() -> None:
     drawn = figures.draw_all(curve_rows())
     assert set(drawn) == {
