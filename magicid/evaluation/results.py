@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -175,6 +176,18 @@ def estimate(rows: Sequence[MetricRow], measure: str, *, seed: int = 0) -> Inter
         [row.train_seed for row in measured],
         seed=seed,
     )
+
+
+def fvd(rows: Sequence[MetricRow], reference: Sequence[MetricRow]) -> float | None:
+    """The Fréchet video distance of rows that have features; None where there are fewer than two on a side."""
+    one, other = ([row.video_features for row in side if row.video_features] for side in (rows, reference))
+    if min(len(one), len(other)) < 2:
+        return None
+    from magicid.evaluation.metrics.video import frechet_distance  # loads torch, which reading rows does not need
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # N is in the table
+        return frechet_distance(np.array(one), np.array(other))
 
 
 def share_above(rows: Sequence[MetricRow], measure: str, threshold: float, *, seed: int = 0) -> Interval | None:
