@@ -153,9 +153,12 @@ def last_steps(rows: Sequence[MetricRow]) -> list[MetricRow]:
 def matched(
     methods: Sequence[Sequence[MetricRow]], measures: Sequence[str], whole: str = "identity_id"
 ) -> list[tuple[str, int, list[float]]]:
-    """(person, training seed, values) of the clips that every method has, all measures of the first method first. A
-    method with one training (the base model) is taken for every training of the first. `whole`: what comes first."""
-    found, others = [], [({_key(row): row for row in rows}, {row.train_seed for row in rows}) for rows in methods[1:]]
+    """(person, training seed, values) of the clips that every method has, all measures of the first method first.
+
+    What nobody trained (step 0: the base model) stands beside every training of the first; else trainings of one seed
+    are compared, which share what is drawn. `whole`: the field that comes first.
+    """
+    found, others = [], [({_key(row): row for row in rows}, _untrained(rows)) for rows in methods[1:]]
     for row in sorted(methods[0], key=lambda row: row.clip_id):
         same = [row]
         for rows, trainings in others:
@@ -207,7 +210,7 @@ def compare(
 ) -> Interval | None:
     """First against second over the clips of the same person, prompt, seed and training seed; None when none fits.
 
-    A method with one training (the base model) is compared with every training of the other.
+    What nobody trained (the base model) is compared with every training of the other.
     """
     found = matched([first, second], [measure])
     if not found:
@@ -218,6 +221,12 @@ def compare(
 
 def _key(row: MetricRow) -> tuple[Any, ...]:
     return (row.identity_id, row.prompt, row.seed, row.frames, row.train_seed)
+
+
+def _untrained(rows: Sequence[MetricRow]) -> set[int]:
+    """The one training seed that rows of a method without training stand under; else empty."""
+    seeds = {row.train_seed for row in rows}
+    return seeds if len(seeds) == 1 and all(row.step == 0 for row in rows) else set()
 
 
 def _known(value: float | None) -> bool:

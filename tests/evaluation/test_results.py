@@ -79,4 +79,8 @@ def test_methods_are_compared_on_the_same_prompt_and_seed() -> None:
     assert (found.mean, found.low, found.high) == (pytest.approx(1.3), pytest.approx(1.3), pytest.approx(1.3))
     assert (found.clips, found.people, found.seeds) == (32, 2, 2)
     assert results.compare(first, base, "face_sim") is None
+    trained = [dataclasses.replace(r, method="sft", step=60, train_seed=1) for r in base]
+    again = results.compare(first, trained, "dynamic_magnitude", ratio)
+    assert again is not None
+    assert (again.seeds, again.clips) == (1, found.clips // 2), "a training stands beside that of its seed alone"
     assert results.compare([dataclasses.replace(r, prompt="other") for r in first], base, "dynamic_magnitude") is None
