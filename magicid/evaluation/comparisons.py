@@ -21,7 +21,7 @@ DIFFERENCES = ("face_sim", "dynamic_magnitude", "head_motion", "warp_error", "ac
 _HOW = (
     "Self-reconstruction at each of its steps, from the base model on, is a line in the plane of face_sim and motion. "
     "A method is compared with that line where the line has its face_sim, and where it has its motion; same people, "
-    "prompts and seeds (`magicid.evaluation.headline`)."
+    "prompts and seeds (`magicid.evaluation.headline`). *: the line has it nowhere, and its nearest end counts."
 )
 
 
@@ -56,9 +56,13 @@ def _by_measure(found: Sequence[headline.Beyond]) -> dict[tuple[Any, ...], dict[
 
 
 def _beyond_cells(by: dict[str, headline.Beyond]) -> list[str]:
-    """The ratios of motion, then the differences of face_sim."""
-    cells = [plainly(by[name].motion if name in by else None, 2) for name in MOTIONS]
-    return cells + [plainly(by[name].identity if name in by else None, 3) for name in MOTIONS]
+    """The ratios of motion, then the differences of face_sim; with a star where the curve has the like nowhere."""
+    cells = []
+    for name in MOTIONS:
+        cells.append(plainly(by[name].motion, 2) + "*" * (not by[name].reached[0]) if name in by else "–")
+    for name in MOTIONS:
+        cells.append(plainly(by[name].identity, 3) + "*" * (not by[name].reached[1]) if name in by else "–")
+    return cells
 
 
 def minus_hpo(rows: Sequence[MetricRow]) -> str:

@@ -34,6 +34,7 @@ class Beyond:
     Attributes:
         motion: its motion over the curve's at its face_sim.
         identity: its face_sim minus the curve's at its motion.
+        reached: whether the curve has such a face_sim, and such a motion, anywhere; else its nearest end counts.
     """
 
     method: str
@@ -43,6 +44,7 @@ class Beyond:
     measure: str
     motion: Interval
     identity: Interval
+    reached: tuple[bool, bool]
 
 
 def beyond(rows: Sequence[MetricRow], whole: str = "identity_id") -> list[Beyond]:
@@ -68,8 +70,8 @@ def beyond(rows: Sequence[MetricRow], whole: str = "identity_id") -> list[Beyond
 
 def _against(
     own: Sequence[MetricRow], checkpoints: Sequence[Sequence[MetricRow]], measure: str, whole: str
-) -> tuple[Interval, Interval] | None:
-    """(ratio of motion, difference of face_sim); None without clips that all of them have."""
+) -> tuple[Interval, Interval, tuple[bool, bool]] | None:
+    """(ratio of motion, difference of face_sim, whether each is reached); None without clips that all of them have."""
     matched = results.matched([own, *checkpoints], ["face_sim", measure], whole)
     if not matched:
         return None
@@ -81,8 +83,11 @@ def _against(
     def identity(means: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(means[..., 0] - _read(means[..., 3::2], means[..., 2::2], means[..., 1]))
 
-    one, other = (hierarchical(np.array(values), wholes, seeds, statistic=f) for f in (motion, identity))
-    return (one, other) if one and other else None
+    array = np.array(values)
+    face, moves, *curve = array.mean(0)
+    reached = min(curve[::2]) <= face <= max(curve[::2]), min(curve[1::2]) <= moves <= max(curve[1::2])
+    one, other = (hierarchical(array, wholes, seeds, statistic=f) for f in (motion, identity))
+    return (one, other, reached) if one and other else None
 
 
 def _read(x: NDArray[np.float64], y: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:

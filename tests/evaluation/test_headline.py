@@ -33,6 +33,7 @@ def test_motion_is_compared_at_equal_identity_and_identity_at_equal_motion() -> 
     flow, head = found["dynamic_magnitude"], found["head_motion"]
     assert (flow.method, flow.step, flow.curve) == ("hpo", 100, ("sft", ""))
     assert flow.motion.mean == pytest.approx(8 / 5)  # halfway between 6 and 4
+    assert flow.reached == (True, True)
     assert flow.identity.mean == pytest.approx(0.3 - 0.1)  # at a motion of 8, halfway from the base to step 50
     assert head.motion.mean == pytest.approx(8 / 5)
     assert (flow.motion.clips, flow.motion.people) == (18, 3)
@@ -42,6 +43,10 @@ def test_beyond_the_ends_of_the_curve_its_nearest_end_counts() -> None:
     (flow, _) = headline.beyond([*CURVE, *clips("hpo", 100, 0.6, 12)])
     assert flow.motion.mean == pytest.approx(12 / 4)
     assert flow.identity.mean == pytest.approx(0.6 - 0.0)
+    assert flow.reached == (False, False)
+    text = document.to_markdown([*CURVE, *clips("hpo", 100, 0.6, 8)])
+    line = next(line for line in text.splitlines() if line.startswith("| HPO | 100 | SFT only |"))
+    assert [cell.strip()[-1] for cell in line.split("|")[4:8]] == ["*", "*", "]", "]"]
 
 
 def test_a_method_on_the_curve_is_not_beyond_it() -> None:
