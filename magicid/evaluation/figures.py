@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 
 from magicid.evaluation import results
+from magicid.evaluation.headline import RECONSTRUCTION
 from magicid.evaluation.intervals import Interval
 from magicid.evaluation.names import MEASURES, MOTIONS, method_name, order
 from magicid.schema import MetricRow
@@ -41,6 +42,13 @@ _COLOURS = (
     "#65a30d",
     "#dc2626",
     "#111827",
+    "#92400e",
+    "#f472b6",
+    "#a3e635",
+    "#1e3a8a",
+    "#c084fc",
+    "#14b8a6",
+    "#78716c",
 )
 _STYLE = {
     "svg.hashsalt": "magicid", "svg.fonttype": "path", "font.size": 9, "axes.spines.top": False,
@@ -72,57 +80,69 @@ def draw_all(rows: Sequence[MetricRow]) -> dict[str, Pictures]:
 
 
 def identity_against_motion(rows: Sequence[MetricRow], motion: str = "dynamic_magnitude") -> Pictures:
-    """face_sim (x) against motion (y), every method a curve over its steps that begins at the base model."""
+    """face_sim (x) against motion (y), every method a curve over its steps; see `curve`."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         for method, colour in _methods(rows):
             points = curve(rows, method, motion)
-            _curve(axes, points, method_name(method), colour, crosses=method == "base" or len(points) == 1)
+            _curve(axes, points, method_name(method), colour)
         axes.set_xlabel(MEASURES["face_sim"])
         axes.set_ylabel(MEASURES[motion])
         axes.set_ylim(bottom=0)
-        axes.legend(loc="best")
+        figure.legend(loc="outside right upper")
 
-    return _pictures(draw, (6.2, 4.4))
+    return _pictures(draw, (7.6, 4.4))
 
 
 def curve(rows: Sequence[MetricRow], method: str, motion: str) -> list[Point]:
-    """(step, face_sim, motion) of a method by rising step; step 0 is the base model, where its rows are there."""
-    own = [row for row in rows if row.method == method]
-    groups = results.grouped(own, ["step"])
-    base = [row for row in rows if row.method == "base"]
-    if base:  # the renderer has no steps, and is where it is
-        groups.setdefault((0,), base)
+    """(step, face_sim, motion) of a method by rising step."""
     points = []
-    for (step,), members in sorted(groups.items()):
+    for (step,), members in sorted(results.grouped(_from_base(rows, method), ["step"]).items()):
         x, y = results.estimate(members, "face_sim"), results.estimate(members, motion)
         if x and y:
             points.append((step, x, y))
     return points
 
 
+def _from_base(rows: Sequence[MetricRow], method: str) -> list[MetricRow]:
+    """The rows of a method. Self-reconstruction begins at the base model, which is its step 0; preferences begin at an
+    adapter, and are drawn from where they are measured."""
+    kept = {method, "base"} if method in RECONSTRUCTION else {method}
+    return [row for row in rows if row.method in kept]
+
+
 def face_sim_by_frames(rows: Sequence[MetricRow]) -> Pictures:
-    """face_sim of each method against the length of its clips, all of the same prompts and seeds."""
+    """face_sim of each method in several lengths against the length of its clips, all of the same prompts and seeds."""
     kept = []
     for own in results.grouped(rows, ["method"]).values():
         lengths = results.grouped(own, ["frames"])
+        if len(lengths) == 1:
+            continue
         step = min(max(row.step for row in part) for part in lengths.values())
         asked = [{(row.prompt, row.seed) for row in part if row.step == step} for part in lengths.values()]
         shared = set.intersection(*asked)
         kept += [row for row in own if row.step == step and (row.prompt, row.seed) in shared]
-    return _pictures(lambda figure: _lines(figure.subplots(), kept, "frames", "face_sim", "frames"), (5.0, 3.4))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        _lines(axes, kept, "frames", "face_sim", "frames", _methods(rows))
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+
+    return _pictures(draw, (6.4, 3.4))
 
 
 def motion_by_step(rows: Sequence[MetricRow]) -> Pictures:
     """Both measures of motion of each method against training steps."""
 
     def draw(figure: Any) -> None:
-        for axes, motion in zip(figure.subplots(1, len(MOTIONS), squeeze=False)[0], MOTIONS):
-            _lines(axes, rows, "step", motion, "training steps")
+        panels = figure.subplots(1, len(MOTIONS))
+        for axes, motion in zip(panels, MOTIONS):
+            _lines(axes, rows, "step", motion, "training steps", _methods(rows))
             axes.set_ylim(bottom=0)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
 
-    return _pictures(draw, (9.0, 3.4))
+    return _pictures(draw, (10.4, 3.4))
 
 
 def by_setting(rows: Sequence[MetricRow], key: str) -> Pictures:
@@ -185,20 +205,20 @@ def setting_value(setting: str, key: str) -> float | None:
     return None
 
 
-def _lines(axes: Any, rows: Sequence[MetricRow], field: str, measure: str, label: str) -> None:
-    base = [row for row in rows if row.method == "base"]
-    for method, colour in _methods(rows):
+def _lines(
+    axes: Any, rows: Sequence[MetricRow], field: str, measure: str, label: str, methods: Sequence[tuple[str, str]]
+) -> None:
+    for method, colour in methods:
         own = [row for row in rows if row.method == method]
         if field == "step":
             if all(row.step == 0 for row in own):  # the base model and the renderer have no steps
                 continue
-            own = [*base, *own]
+            own = _from_base(rows, method)
         groups = sorted(results.grouped(own, [field]).items())
         points = [(key[0], found) for key, members in groups if (found := results.estimate(members, measure))]
         _bars(axes, points, method_name(method), colour)
     axes.set_xlabel(label)
     axes.set_ylabel(MEASURES[measure])
-    axes.legend(loc="best")
 
 
 def _bars(axes: Any, points: Sequence[tuple[float, Interval]], name: str, colour: str) -> None:
@@ -211,15 +231,15 @@ def _bars(axes: Any, points: Sequence[tuple[float, Interval]], name: str, colour
     )  # fmt: skip
 
 
-def _curve(axes: Any, points: Sequence[Point], name: str, colour: str, *, crosses: bool) -> None:
+def _curve(axes: Any, points: Sequence[Point], name: str, colour: str) -> None:
     if not points:
         return
     x, y = [p[1] for p in points], [p[2] for p in points]
     axes.errorbar(
         [i.mean for i in x], [i.mean for i in y], xerr=_reach(x), yerr=_reach(y), label=name, color=colour,
-        marker="s" if crosses else "o", markersize=3.5, linewidth=1.4, elinewidth=0.8, capsize=1.5,
+        marker="o" if points[-1][0] else "s", markersize=3.5, linewidth=1.4, elinewidth=0.8, capsize=1.5,
     )  # fmt: skip
-    if not crosses:
+    if len(points) > 1:
         axes.annotate(
             f"{points[-1][0]}", (x[-1].mean, y[-1].mean), textcoords="offset points", xytext=(4, 4), fontsize=7
         )

@@ -42,6 +42,7 @@ def test_curves_begin_at_the_base_and_hold_the_means_of_their_steps() -> None:
     assert [x.mean for _, x, _ in points] == pytest.approx([0.1, 0.3, 0.5], abs=0.03)
     assert [y.mean for _, _, y in points] == pytest.approx([10, 8, 4], abs=0.4)
     assert all(y.low < y.mean < y.high for _, _, y in points)
+    assert [step for step, _, _ in figures.curve(rows, "hpo", "dynamic_magnitude")] == [100, 200], "from an adapter on"
     truth = [dataclasses.replace(r, method="renderer", face_sim=0.9) for r in rows if r.method == "base"]
     ((step, x, _),) = figures.curve([*rows, *truth], "renderer", "dynamic_magnitude")
     assert (step, x.mean) == (0, pytest.approx(0.9))
@@ -54,9 +55,8 @@ def test_what_has_no_steps_is_on_no_line_over_steps(monkeypatch: pytest.MonkeyPa
     )
     rows = curve_rows()
     truth = [dataclasses.replace(r, method="renderer") for r in rows if r.method == "base"]
-    with pytest.warns(UserWarning, match="No artists"):
-        figures.motion_by_step([*rows, *truth])
-    assert drawn == [("SFT only", [0, 100, 200]), ("HPO", [0, 100, 200])] * 2
+    figures.motion_by_step([*rows, *truth])
+    assert drawn == [("SFT only", [0, 100, 200]), ("HPO", [100, 200])] * 2
 
 
 def test_every_method_is_told_minus_hpo_clip_by_clip() -> None:
@@ -108,6 +108,9 @@ def test_length_and_settings_have_figures_of_their_own() -> None:
     rows = [row(str(c), p, "hpo", 0.5, frames=f, step=10) for c in (1, 2) for p in "ab" for f in (9, 13)]
     rows = [dataclasses.replace(r, clip_id=f"{r.clip_id}-{r.frames}") for r in rows]
     assert set(figures.draw_all(rows)) == {"face_sim_by_frames"}
+    one_length = [dataclasses.replace(r, method="p_id") for r in rows if r.frames == 13]
+    svg = figures.draw_all([*rows, *one_length])["face_sim_by_frames"]["svg"]
+    assert (b"HPO" in svg, b"SFT + P_id" in svg) == (True, False)
     tuned = [
         dataclasses.replace(r, setting=f"hpo.beta={b}", head_motion=1.0, action=1.0) for r in rows for b in (50, 500)
     ]
