@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from magicid.evaluation import headline, paper, results
 from magicid.evaluation.cells import DIGITS, cell, measured, named, number, plainly
 from magicid.evaluation.intervals import difference, ratio
-from magicid.evaluation.names import MOTIONS, order
+from magicid.evaluation.names import MOTIONS, method_name, order
 from magicid.markdown import table
 from magicid.schema import MetricRow
 
@@ -21,7 +21,8 @@ DIFFERENCES = ("face_sim", "dynamic_magnitude", "head_motion", "warp_error", "ac
 _HOW = (
     "Self-reconstruction at each of its steps, from the base model on, is a line in the plane of face_sim and motion. "
     "A method is compared with that line where the line has its face_sim, and where it has its motion; same people, "
-    "prompts and seeds (`magicid.evaluation.headline`). *: the line has it nowhere, and its nearest end counts."
+    "prompts and seeds (`magicid.evaluation.headline`). *: the line has it nowhere, and its nearest end counts. N: "
+    "clips, and of how many trainings, that the method and every point of the line have."
 )
 
 
@@ -32,7 +33,7 @@ def against_reconstruction(rows: Sequence[MetricRow], threshold: float | None) -
         return ""
     last = results.grouped(results.last_steps(rows), results.BY)
     base = [row for row in results.of_usual_length(rows) if row.method == "base"]
-    heads = ["method", "steps", "against the curve of", *(f"{name}, times, at its face_sim" for name in MOTIONS)]
+    heads = ["method", "steps", "against the curve of", "N", *(f"{name}, times, at its face_sim" for name in MOTIONS)]
     heads += [*(f"face_sim, more, at its {name}" for name in MOTIONS), "action, of the base's"]
     heads += [f"face_sim > {threshold:g}"] if threshold is not None else []
     lines = []
@@ -40,10 +41,12 @@ def against_reconstruction(rows: Sequence[MetricRow], threshold: float | None) -
         own = last[method, setting, step]
         cells = [plainly(results.compare(own, base, "action", ratio), 2)]
         cells += [plainly(results.share_above(own, "face_sim", threshold), 2)] if threshold is not None else []
-        lines.append([named(method, setting), str(step), named(*curve), *_beyond_cells(by), *cells])
+        lines.append([named(method, setting), str(step), named(*curve), _beyond_count(by), *_beyond_cells(by), *cells])
         if (method, setting) == ("hpo", ""):
             again = _beyond_cells(by_prompt[method, setting, step, curve])
-            lines.append(["the same, prompts drawn as wholes instead of people", "", "", *again, *([""] * len(cells))])
+            lines.append(
+                ["the same, prompts drawn as wholes instead of people", "", "", "", *again, *([""] * len(cells))]
+            )
     return f"## Against self-reconstruction\n\n{table(heads, lines, left=3)}\n{_HOW}\n"
 
 
@@ -53,6 +56,12 @@ def _by_measure(found: Sequence[headline.Beyond]) -> dict[tuple[Any, ...], dict[
     for one in found:
         both.setdefault((one.method, one.setting, one.step, one.curve), {})[one.measure] = one
     return both
+
+
+def _beyond_count(by: dict[str, headline.Beyond]) -> str:
+    clips = max(one.motion.clips for one in by.values())
+    trainings = max(one.motion.seeds for one in by.values())
+    return f"{clips} of {trainings}"
 
 
 def _beyond_cells(by: dict[str, headline.Beyond]) -> list[str]:
@@ -79,7 +88,8 @@ def minus_hpo(rows: Sequence[MetricRow]) -> str:
         return ""
     text = table(["method", "steps", "N", *measures], lines)
     return (
-        f"## Minus HPO, clip by clip\n\n{text}\nThe same person, prompt, seed and training; N clips that both have.\n"
+        f"## Minus HPO, clip by clip\n\n{text}\n"
+        "The same person, prompt and seed, and where there are several trainings the same; N clips that both have.\n"
     )
 
 
@@ -98,8 +108,12 @@ def _minus(means: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def beside_paper(rows: Sequence[MetricRow], reference: Sequence[MetricRow]) -> str:
-    """The paper's three tables, each number of theirs with ours beside it."""
-    own = {m: members for (m, s, _), members in results.grouped(results.last_steps(rows), results.BY).items() if not s}
+    """The paper's three tables, each number of theirs with ours beside it; empty where no method is of them."""
+    last = results.grouped(results.last_steps(rows), results.BY)
+    own = {method: members for (method, setting, _), members in last.items() if not setting}
+    names = {m: method_name(m) + (f", {step} steps" if step else "") for m, setting, step in last if not setting}
+    if not any(row.method(own) for one in paper.TABLES for row in one.rows):
+        return ""
     measures = measured([row for members in own.values() for row in members], results.MEASURES)
 
     def shown(method: str, measure: str) -> str:
@@ -108,11 +122,11 @@ def beside_paper(rows: Sequence[MetricRow], reference: Sequence[MetricRow]) -> s
         return cell(results.estimate(own[method], measure), len(own[method]), DIGITS[measure])
 
     known = [*measures, *([paper.FVD] if reference else [])]
-    tables = "\n".join(paper.markdown(one, own, known, shown) + _steps_of(one, own) for one in paper.TABLES)
+    tables = "\n".join(paper.markdown(one, names, known, shown) + _steps_of(one, own) for one in paper.TABLES)
     return (
         f"## Beside the paper\n\n{tables}\n"
-        "The paper: 40 people, 40 prompts, 61 frames of HunyuanVideo; here: as under the first table. Of other worlds "
-        "the order compares, not the numbers.\n"
+        "The paper: 40 people, 40 prompts, 61 frames of HunyuanVideo; here: as under the first table, methods without "
+        "a setting of their own. Of other worlds the order compares, not the numbers.\n"
     )
 
 
@@ -121,9 +135,9 @@ def _steps_of(table_: paper.PaperTable, own: Mapping[str, Sequence[MetricRow]]) 
     if not table_.steps:
         return ""
     measures = measured([row for members in own.values() for row in members], DIFFERENCES)
-    found = [(row.name, method) for row in table_.rows if (method := row.method(own))]
+    found = [method for row in table_.rows if (method := row.method(own))]
     lines = []
-    for (above, before), (name, method) in itertools.pairwise(found):
+    for before, method in itertools.pairwise(found):
         cells = _minus_cells(own[method], own[before], measures)
-        lines += [[f"{name} minus {above}", *cells]] if cells else []
+        lines += [[f"{method_name(method)} minus {method_name(before)}", *cells]] if cells else []
     return f"\n{table(['clip by clip', 'N', *measures], lines)}" if lines else ""

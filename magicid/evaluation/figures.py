@@ -62,7 +62,7 @@ Point = tuple[Any, Interval, Interval]
 
 def draw_all(rows: Sequence[MetricRow]) -> dict[str, Pictures]:
     """Every figure whose rows are there: name -> {"svg": bytes, "png": bytes}."""
-    every_length = [row for row in rows if not row.setting]
+    every_length = [row for row in rows if row.frames and not row.setting]
     rows = results.of_usual_length(rows)
     plain = [row for row in rows if not row.setting]
     drawn: dict[str, Pictures] = {}
@@ -113,16 +113,16 @@ def _from_base(rows: Sequence[MetricRow], method: str) -> list[MetricRow]:
 
 
 def face_sim_by_frames(rows: Sequence[MetricRow]) -> Pictures:
-    """face_sim of each method in several lengths against the length of its clips, all of the same prompts and seeds."""
-    kept = []
+    """face_sim of each method against the length of its clips, of prompts and trainings with every length."""
+    kept, rows = [], [row for row in rows if row.frames]  # a clip that could not be read has none
     for own in results.grouped(rows, ["method"]).values():
         lengths = results.grouped(own, ["frames"])
         if len(lengths) == 1:
             continue
         step = min(max(row.step for row in part) for part in lengths.values())
-        asked = [{(row.prompt, row.seed) for row in part if row.step == step} for part in lengths.values()]
+        asked = [{_asked(row) for row in part if row.step == step} for part in lengths.values()]
         shared = set.intersection(*asked)
-        kept += [row for row in own if row.step == step and (row.prompt, row.seed) in shared]
+        kept += [row for row in own if row.step == step and _asked(row) in shared]
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -130,6 +130,10 @@ def face_sim_by_frames(rows: Sequence[MetricRow]) -> Pictures:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
 
     return _pictures(draw, (6.4, 3.4))
+
+
+def _asked(row: MetricRow) -> tuple[str, int, int]:
+    return row.prompt, row.seed, row.train_seed
 
 
 def motion_by_step(rows: Sequence[MetricRow]) -> Pictures:
@@ -140,7 +144,9 @@ def motion_by_step(rows: Sequence[MetricRow]) -> Pictures:
         for axes, motion in zip(panels, MOTIONS):
             _lines(axes, rows, "step", motion, "training steps", _methods(rows))
             axes.set_ylim(bottom=0)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+        named = [axes.get_legend_handles_labels() for axes in panels]
+        handles = {label: handle for both in named for handle, label in zip(*both)}  # a panel may lack a method
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper")
 
     return _pictures(draw, (10.4, 3.4))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from magicid.evaluation import results
+from magicid.evaluation import intervals, results
 from magicid.evaluation.intervals import Interval, hierarchical
 from magicid.evaluation.names import MOTIONS
 from magicid.schema import MetricRow
@@ -52,7 +52,8 @@ def beyond(rows: Sequence[MetricRow], whole: str = "identity_id") -> list[Beyond
 
     Args:
         whole: what a resample draws as wholes. People, or with `prompt` the prompts, so that the interval tells what
-            hangs on their choice; the intervals then count prompts as their `people`.
+            hangs on their choice, and hardly what clips of a person have in common; the intervals then count prompts as
+            their `people`.
     """
     rows = results.of_usual_length(rows)
     curves = {key: own for key, own in results.grouped(rows, ["method", "setting"]).items() if key[0] in RECONSTRUCTION}
@@ -84,10 +85,14 @@ def _against(
         return np.asarray(means[..., 0] - _read(means[..., 3::2], means[..., 2::2], means[..., 1]))
 
     array = np.array(values)
-    face, moves, *curve = array.mean(0)
-    reached = min(curve[::2]) <= face <= max(curve[::2]), min(curve[1::2]) <= moves <= max(curve[1::2])
+    face, moves, *curve = intervals.means(array, wholes, seeds)
+    reached = _within(face, curve[::2]), _within(moves, curve[1::2])
     one, other = (hierarchical(array, wholes, seeds, statistic=f) for f in (motion, identity))
     return (one, other, reached) if one and other else None
+
+
+def _within(value: float, among: Sequence[float]) -> bool:
+    return bool(min(among) <= value <= max(among))
 
 
 def _read(x: NDArray[np.float64], y: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:

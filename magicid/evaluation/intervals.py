@@ -77,14 +77,21 @@ def hierarchical(
     groups = _groups(people, seeds if seeds is not None else [0] * len(array))
     of = statistic or (lambda means: means[..., 0])
     clips = [[array[rows] for rows in trainings.values()] for trainings in groups.values()]
-    whole = np.mean([np.mean([part.mean(0) for part in parts], axis=0) for parts in clips], axis=0)
-    mean, low, high = float(of(whole)), None, None
+    mean, low, high = float(of(means(array, people, seeds))), None, None
     if len(array) > 1:
         drawn = of(_resampled(clips, np.random.default_rng(seed), resamples))
         ends = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
         low, high = float(ends[0]), float(ends[1])
     count = len({s for trainings in groups.values() for s in trainings})
     return Interval(mean, low, high, len(array), len(groups), count)
+
+
+def means(
+    values: NDArray[np.float64], people: Sequence[Any], seeds: Sequence[Any] | None = None
+) -> NDArray[np.float64]:
+    """The means (K,) of columns (N, K): over clips, then over a person's trainings, then over people."""
+    groups = _groups(people, seeds if seeds is not None else [0] * len(values))
+    return np.mean([np.mean([values[rows].mean(0) for rows in g.values()], axis=0) for g in groups.values()], axis=0)
 
 
 def difference(means: NDArray[np.float64]) -> NDArray[np.float64]:

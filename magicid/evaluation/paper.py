@@ -7,10 +7,9 @@ reproduced here; of the face world's, only the order can be compared with theirs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from magicid.evaluation.names import method_name
 from magicid.markdown import table as markdown_table
 
 FVD = "fvd"
@@ -57,10 +56,8 @@ METHODS = PaperTable(
         PaperRow("MagicID", ("hpo",), (0.600, 14.42, 0.9933, 26.28, 78.83, 1228.33)),
     ),
 )
-START, WHOLE = (
-    ("sft_moving", "sft"),
-    ("no_copies", "hpo"),
-)  # what preferences begin with; both kinds of pair, all rewards
+START = ("sft_moving", "sft")  # self-reconstruction alone, at its last step
+WHOLE = ("no_copies", "hpo")  # both kinds of pair and all rewards; without `selection.still_pairs` that is hpo
 PAIRS = PaperTable(
     "Table 2, pairs",
     (FACE, MOTION, TEXT),
@@ -85,12 +82,13 @@ TABLES = (METHODS, PAIRS, REWARDS)
 
 
 def markdown(
-    table: PaperTable, methods: Collection[str], measures: Collection[str], cell: Callable[[str, str], str]
+    table: PaperTable, methods: Mapping[str, str], measures: Collection[str], cell: Callable[[str, str], str]
 ) -> str:
     """The table as Markdown, ending with a new line, what was measured here beside each number of the paper.
 
     Args:
-        methods, measures: that there are here.
+        methods: that there are here, and what they are called.
+        measures: that there are here.
         cell: a measure of a method as text.
     """
     ours = [next((name for name in names if name in measures), None) for _, names in table.columns]
@@ -100,7 +98,7 @@ def markdown(
     lines = []
     for row in table.rows:
         method = row.method(methods)
-        cells = [row.name, method_name(method) if method else "–"]
+        cells = [row.name, methods[method] if method else "–"]
         for value, measure in zip(row.values, ours):
             cells += [f"{value:g}", *([cell(method, measure) if method else "–"] if measure else [])]
         lines.append(cells)

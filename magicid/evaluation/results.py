@@ -155,10 +155,12 @@ def matched(
 ) -> list[tuple[str, int, list[float]]]:
     """(person, training seed, values) of the clips that every method has, all measures of the first method first.
 
-    What nobody trained (step 0: the base model) stands beside every training of the first; else trainings of one seed
-    are compared, which share what is drawn. `whole`: the field that comes first.
+    Trainings of one seed are compared, which share what is drawn. A method with one training stands beside all of the
+    first where it has no steps (the base model, clips from elsewhere), and beside the one where that has one: a run may
+    name one seed for SFT and another for HPO. `whole`: the field that comes first.
     """
-    found, others = [], [({_key(row): row for row in rows}, _untrained(rows)) for rows in methods[1:]]
+    several = len({row.train_seed for row in methods[0]}) > 1
+    found, others = [], [({_key(row): row for row in rows}, _beside_all(rows, several)) for rows in methods[1:]]
     for row in sorted(methods[0], key=lambda row: row.clip_id):
         same = [row]
         for rows, trainings in others:
@@ -210,7 +212,7 @@ def compare(
 ) -> Interval | None:
     """First against second over the clips of the same person, prompt, seed and training seed; None when none fits.
 
-    What nobody trained (the base model) is compared with every training of the other.
+    What has no steps (the base model) is compared with every training of the first; see `matched`.
     """
     found = matched([first, second], [measure])
     if not found:
@@ -223,10 +225,10 @@ def _key(row: MetricRow) -> tuple[Any, ...]:
     return (row.identity_id, row.prompt, row.seed, row.frames, row.train_seed)
 
 
-def _untrained(rows: Sequence[MetricRow]) -> set[int]:
-    """The one training seed that rows of a method without training stand under; else empty."""
+def _beside_all(rows: Sequence[MetricRow], several: bool) -> set[int]:
+    """The one training seed of rows that stand beside every training of another method; else empty."""
     seeds = {row.train_seed for row in rows}
-    return seeds if len(seeds) == 1 and all(row.step == 0 for row in rows) else set()
+    return seeds if len(seeds) == 1 and not (several and any(row.step for row in rows)) else set()
 
 
 def _known(value: float | None) -> bool:

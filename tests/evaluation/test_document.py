@@ -62,7 +62,7 @@ def test_what_has_no_steps_is_on_no_line_over_steps(monkeypatch: pytest.MonkeyPa
 def test_every_method_is_told_minus_hpo_clip_by_clip() -> None:
     rows = [dataclasses.replace(r, seed=int(r.clip_id.split("-")[2])) for r in curve_rows()]
     text = document.to_markdown(rows)
-    lines = text[text.index("## Minus HPO") :].splitlines()
+    lines = text[text.index("## Minus HPO") : text.index("## Beside the paper")].splitlines()
     assert lines[2] == "| method | steps | N | face_sim | dynamic_magnitude | head_motion | prompt_score |"
     sft = next(line for line in lines if line.startswith("| SFT only")).split(" | ")
     assert sft[1:3] == ["200", "12"]
@@ -85,11 +85,12 @@ def test_each_row_of_the_papers_tables_is_told_minus_the_one_above() -> None:
     lines = text[start : text.index("| the paper: Table 3")].splitlines()
     steps = [line.split(" | ") for line in lines if " minus " in line]
     assert [(cells[0], cells[1]) for cells in steps] == [
-        ("| P_id minus none", "12"),
-        ("| P_id and P_dy minus P_id", "12"),
+        ("| SFT + P_id minus SFT only", "12"),
+        ("| HPO minus SFT + P_id", "12"),
     ]
     assert [float(cells[3].split()[0]) for cells in steps] == pytest.approx([2 - 4, 9 - 2], abs=0.3)
-    assert " minus " not in document.to_markdown(rows)[start:].split("| the paper: Table 3")[1], "of two it has none"
+    assert " minus " not in text[text.index("| the paper: Table 3") :], "of its rows there is one"
+    assert "## Beside the paper" not in document.to_markdown([dataclasses.replace(r, setting="one") for r in rows])
 
 
 def test_figures_are_drawn_from_what_is_there() -> None:
@@ -111,6 +112,8 @@ def test_length_and_settings_have_figures_of_their_own() -> None:
     one_length = [dataclasses.replace(r, method="p_id") for r in rows if r.frames == 13]
     svg = figures.draw_all([*rows, *one_length])["face_sim_by_frames"]["svg"]
     assert (b"HPO" in svg, b"SFT + P_id" in svg) == (True, False)
+    unread = dataclasses.replace(one_length[0], frames=0, face_sim=None, error="no video")
+    assert figures.draw_all([*one_length, unread]) == {}
     tuned = [
         dataclasses.replace(r, setting=f"hpo.beta={b}", head_motion=1.0, action=1.0) for r in rows for b in (50, 500)
     ]
@@ -144,7 +147,7 @@ def test_the_table_holds_the_last_step_of_each_method(tmp_path) -> None:
     assert float(lines[2].split("|")[-2]) == pytest.approx(0)  # the base to itself
     assert "3 people, 4 prompts, 1 training seeds; 13 frames of 48x48 at 8 fps; 0 clips" in text
     assert "![Motion against training steps](motion_by_step.svg)" in text
-    line = next(line for line in text.splitlines() if line.startswith("| MagicID | HPO | 0.6 | "))
+    line = next(line for line in text.splitlines() if line.startswith("| MagicID | HPO, 200 steps | 0.6 | "))
     face = results.estimate([r for r in results.last_steps(rows) if r.method == "hpo"], "face_sim")
     assert f"| 0.6 | {face.mean:.3f} [{face.low:.3f}, {face.high:.3f}] | 14.42 | " in line
     assert " | 0.9933 | 26.28 | 1.00 [1.00, 1.00] | 78.83 | 1228.33 | " in line, "the prompt score stands for CLIP-T"
@@ -162,11 +165,12 @@ def test_the_papers_tables_are_whole() -> None:
 
 
 def test_our_numbers_stand_beside_the_papers() -> None:
-    text = paper.markdown(paper.PAIRS, ["sft", "hpo"], ["face_sim", "clip_t"], lambda method, measure: f"{method}'s")
+    names = {"sft": "SFT only, 170 steps", "p_id": "P_id here", "hpo": "HPO", "no_copies": "without copies"}
+    text = paper.markdown(paper.PAIRS, names, ["face_sim", "clip_t"], lambda method, measure: f"{method}'s")
     assert text.splitlines() == [
         "| the paper: Table 2, pairs | here | face sim | face_sim, here | dynamic degree | CLIP-T | clip_t, here |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-        "| none | SFT only | 0.276 | sft's | 5.69 | 25.83 | sft's |",
-        "| P_id | – | 0.605 | – | 7.382 | 25.94 | – |",
-        "| P_id and P_dy | HPO | 0.6 | hpo's | 14.42 | 26.28 | hpo's |",
+        "| none | SFT only, 170 steps | 0.276 | sft's | 5.69 | 25.83 | sft's |",
+        "| P_id | P_id here | 0.605 | p_id's | 7.382 | 25.94 | p_id's |",
+        "| P_id and P_dy | without copies | 0.6 | no_copies's | 14.42 | 26.28 | no_copies's |",
     ]

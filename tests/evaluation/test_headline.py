@@ -46,7 +46,17 @@ def test_beyond_the_ends_of_the_curve_its_nearest_end_counts() -> None:
     assert flow.reached == (False, False)
     text = document.to_markdown([*CURVE, *clips("hpo", 100, 0.6, 8)])
     line = next(line for line in text.splitlines() if line.startswith("| HPO | 100 | SFT only |"))
-    assert [cell.strip()[-1] for cell in line.split("|")[4:8]] == ["*", "*", "]", "]"]
+    assert [cell.strip()[-1] for cell in line.split("|")[5:9]] == ["*", "*", "]", "]"]
+
+
+def test_whether_the_curve_has_the_like_is_asked_of_the_means_that_are_shown() -> None:
+    """Six clips of ann at 0.3 and one of bob at 0.6: each person counts half, 0.45, and the curve ends at 0.4."""
+    kept = {("ann", n) for n in range(6)} | {("bob", 0)}
+    own = [dataclasses.replace(r, face_sim=0.3 if r.identity_id == "ann" else 0.6) for r in clips("hpo", 100, 0, 8)]
+    rows = [r for r in [*CURVE, *own] if (r.identity_id, r.seed) in kept]
+    flow = headline.beyond(rows)[0]
+    assert flow.motion.mean == pytest.approx(8 / 4)
+    assert flow.reached[0] is False
 
 
 def test_a_method_on_the_curve_is_not_beyond_it() -> None:
@@ -77,7 +87,7 @@ def test_clips_of_another_length_take_no_part() -> None:
 def test_the_document_tells_it() -> None:
     text = document.to_markdown([*CURVE, *clips("hpo", 100, 0.3, 8)], threshold=0.25)
     line = next(line for line in text.splitlines() if line.startswith("| HPO | 100 | SFT only |"))
-    assert [cell.strip().split()[0] for cell in line.split("|")[4:10]] == [
+    assert [cell.strip().split()[0] for cell in line.split("|")[5:11]] == [
         "1.60",
         "1.60",
         "0.200",
@@ -85,6 +95,7 @@ def test_the_document_tells_it() -> None:
         "1.00",
         "1.00",
     ]
+    assert line.split("|")[4].strip() == "18 of 1"
     again = next(line for line in text.splitlines() if line.startswith("| the same, prompts drawn"))
-    assert [cell.strip().split()[0] for cell in again.split("|")[4:8]] == ["1.60", "1.60", "0.200", "0.200"]
+    assert [cell.strip().split()[0] for cell in again.split("|")[5:9]] == ["1.60", "1.60", "0.200", "0.200"]
     assert "Against self-reconstruction" not in document.to_markdown(CURVE)

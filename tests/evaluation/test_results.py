@@ -83,4 +83,7 @@ def test_methods_are_compared_on_the_same_prompt_and_seed() -> None:
     again = results.compare(first, trained, "dynamic_magnitude", ratio)
     assert again is not None
     assert (again.seeds, again.clips) == (1, found.clips // 2), "a training stands beside that of its seed alone"
+    one = results.compare([r for r in first if r.train_seed == 0], trained, "dynamic_magnitude", ratio)
+    assert one is not None
+    assert one.clips == 16, "one training of each: a run whose SFT and HPO have seeds of their own"
     assert results.compare([dataclasses.replace(r, prompt="other") for r in first], base, "dynamic_magnitude") is None
