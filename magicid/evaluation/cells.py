@@ -25,19 +25,14 @@ def named(method: str, setting: str) -> str:
     return method_name(method) + (f", {setting}" if setting else "")
 
 
-def plainly(interval: Interval | None, digits: int) -> str:
-    """A mean with its interval; a dash for none."""
-    return "–" if interval is None else cell(interval, interval.clips, digits)
-
-
-def cell(interval: Interval | None, clips: int, digits: int) -> str:
-    """The same, and how many of `clips` lack it."""
+def cell(interval: Interval | None, digits: int, clips: int | None = None) -> str:
+    """A mean with its interval, and how many of `clips` lack it; a dash for none."""
     if interval is None:
         return "–"
     text = f"{interval.mean:.{digits}f}"
     if interval.low is not None and interval.high is not None:
         text += f" [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
-    missing = clips - interval.clips
+    missing = (clips or interval.clips) - interval.clips
     return f"{text} ({missing} null)" if missing else text
 
 

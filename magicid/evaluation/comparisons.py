@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magicid.evaluation import headline, paper, results
-from magicid.evaluation.cells import DIGITS, cell, measured, named, number, plainly
+from magicid.evaluation.cells import DIGITS, cell, measured, named, number
 from magicid.evaluation.intervals import difference, ratio
 from magicid.evaluation.names import MOTIONS, method_name, order
 from magicid.markdown import table
@@ -28,19 +28,22 @@ _HOW = (
 
 def against_reconstruction(rows: Sequence[MetricRow], threshold: float | None) -> str:
     """Each method against self-reconstruction, and what is left of the base model's actions."""
-    found, by_prompt = (_by_measure(headline.beyond(rows, whole)) for whole in ("identity_id", "prompt"))
+    found = _by_measure(headline.beyond(rows))
     if not found:
         return ""
+    usual, curves = results.of_usual_length(rows), ("base", *headline.RECONSTRUCTION)
+    hpo = [row for row in usual if row.method in curves or (row.method, row.setting) == ("hpo", "")]
+    by_prompt = _by_measure(headline.beyond(hpo, "prompt"))
     last = results.grouped(results.last_steps(rows), results.BY)
-    base = [row for row in results.of_usual_length(rows) if row.method == "base"]
+    base = [row for row in usual if row.method == "base"]
     heads = ["method", "steps", "against the curve of", "N", *(f"{name}, times, at its face_sim" for name in MOTIONS)]
     heads += [*(f"face_sim, more, at its {name}" for name in MOTIONS), "action, of the base's"]
     heads += [f"face_sim > {threshold:g}"] if threshold is not None else []
     lines = []
     for (method, setting, step, curve), by in found.items():
         own = last[method, setting, step]
-        cells = [plainly(results.compare(own, base, "action", ratio), 2)]
-        cells += [plainly(results.share_above(own, "face_sim", threshold), 2)] if threshold is not None else []
+        cells = [cell(results.compare(own, base, "action", ratio), 2)]
+        cells += [cell(results.share_above(own, "face_sim", threshold), 2)] if threshold is not None else []
         lines.append([named(method, setting), str(step), named(*curve), _beyond_count(by), *_beyond_cells(by), *cells])
         if (method, setting) == ("hpo", ""):
             again = _beyond_cells(by_prompt[method, setting, step, curve])
@@ -68,9 +71,9 @@ def _beyond_cells(by: dict[str, headline.Beyond]) -> list[str]:
     """The ratios of motion, then the differences of face_sim; with a star where the curve has the like nowhere."""
     cells = []
     for name in MOTIONS:
-        cells.append(plainly(by[name].motion, 2) + "*" * (not by[name].reached[0]) if name in by else "–")
+        cells.append(cell(by[name].motion, 2) + "*" * (not by[name].reached[0]) if name in by else "–")
     for name in MOTIONS:
-        cells.append(plainly(by[name].identity, 3) + "*" * (not by[name].reached[1]) if name in by else "–")
+        cells.append(cell(by[name].identity, 3) + "*" * (not by[name].reached[1]) if name in by else "–")
     return cells
 
 
@@ -98,7 +101,7 @@ def _minus_cells(one: Sequence[MetricRow], other: Sequence[MetricRow], measures:
     found = [results.compare(other, one, name, _minus) for name in measures]
     if not any(found):
         return []
-    cells = [plainly(interval, DIGITS[name]) for name, interval in zip(measures, found)]
+    cells = [cell(interval, DIGITS[name]) for name, interval in zip(measures, found)]
     return [str(max(interval.clips for interval in found if interval)), *cells]
 
 
@@ -119,10 +122,10 @@ def beside_paper(rows: Sequence[MetricRow], reference: Sequence[MetricRow]) -> s
     def shown(method: str, measure: str) -> str:
         if measure == paper.FVD:
             return number(results.fvd(own[method], reference), 1)
-        return cell(results.estimate(own[method], measure), len(own[method]), DIGITS[measure])
+        return cell(results.estimate(own[method], measure), DIGITS[measure], len(own[method]))
 
     known = [*measures, *([paper.FVD] if reference else [])]
-    tables = "\n".join(paper.markdown(one, names, known, shown) + _steps_of(one, own) for one in paper.TABLES)
+    tables = "\n".join(paper.markdown(one, names, known, shown) + _steps_of(one, own, measures) for one in paper.TABLES)
     return (
         f"## Beside the paper\n\n{tables}\n"
         "The paper: 40 people, 40 prompts, 61 frames of HunyuanVideo; here: as under the first table, methods without "
@@ -130,11 +133,11 @@ def beside_paper(rows: Sequence[MetricRow], reference: Sequence[MetricRow]) -> s
     )
 
 
-def _steps_of(table_: paper.PaperTable, own: Mapping[str, Sequence[MetricRow]]) -> str:
+def _steps_of(table_: paper.PaperTable, own: Mapping[str, Sequence[MetricRow]], measures: Sequence[str]) -> str:
     """Each row of tables 2 and 3 minus the one above it; empty without two of them."""
     if not table_.steps:
         return ""
-    measures = measured([row for members in own.values() for row in members], DIFFERENCES)
+    measures = [name for name in DIFFERENCES if name in measures]
     found = [method for row in table_.rows if (method := row.method(own))]
     lines = []
     for before, method in itertools.pairwise(found):

@@ -105,7 +105,7 @@ def _methods(rows: Sequence[MetricRow], reference: Sequence[MetricRow]) -> str:
         members = groups[group]
         method, setting, step = group
         name = named(method, setting)
-        cells = [cell(results.estimate(members, measure), len(members), DIGITS[measure]) for measure in measures]
+        cells = [cell(results.estimate(members, measure), DIGITS[measure], len(members)) for measure in measures]
         distance = results.fvd(members, reference)
         lines.append([name, str(step or "–"), str(len(members)), *cells, *([number(distance, 1)] if reference else [])])
     found = conditions(last)

@@ -77,7 +77,7 @@ def hierarchical(
     groups = _groups(people, seeds if seeds is not None else [0] * len(array))
     of = statistic or (lambda means: means[..., 0])
     clips = [[array[rows] for rows in trainings.values()] for trainings in groups.values()]
-    mean, low, high = float(of(means(array, people, seeds))), None, None
+    mean, low, high = float(of(_mean_of_means(clips))), None, None
     if len(array) > 1:
         drawn = of(_resampled(clips, np.random.default_rng(seed), resamples))
         ends = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
@@ -86,12 +86,10 @@ def hierarchical(
     return Interval(mean, low, high, len(array), len(groups), count)
 
 
-def means(
-    values: NDArray[np.float64], people: Sequence[Any], seeds: Sequence[Any] | None = None
-) -> NDArray[np.float64]:
-    """The means (K,) of columns (N, K): over clips, then over a person's trainings, then over people."""
-    groups = _groups(people, seeds if seeds is not None else [0] * len(values))
-    return np.mean([np.mean([values[rows].mean(0) for rows in g.values()], axis=0) for g in groups.values()], axis=0)
+def means(values: NDArray[np.float64], people: Sequence[Any], seeds: Sequence[Any]) -> NDArray[np.float64]:
+    """The means (K,) of columns (N, K) as `hierarchical` takes them."""
+    groups = _groups(people, seeds)
+    return _mean_of_means([[values[rows] for rows in trainings.values()] for trainings in groups.values()])
 
 
 def difference(means: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -111,6 +109,11 @@ def _groups(people: Sequence[Any], seeds: Sequence[Any]) -> dict[Any, dict[Any, 
     for row, (person, training) in enumerate(zip(people, seeds, strict=True)):
         found.setdefault(person, {}).setdefault(training, []).append(row)
     return {person: {key: found[person][key] for key in sorted(found[person])} for person in sorted(found)}
+
+
+def _mean_of_means(clips: list[list[NDArray[np.float64]]]) -> NDArray[np.float64]:
+    """Over clips, then over a person's trainings, then over people."""
+    return np.asarray(np.mean([np.mean([part.mean(0) for part in parts], axis=0) for parts in clips], axis=0))
 
 
 def _resampled(clips: list[list[NDArray[np.float64]]], rng: np.random.Generator, resamples: int) -> NDArray[np.float64]:
