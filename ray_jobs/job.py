@@ -16,6 +16,7 @@ from magicid.errors import MagicIDError, StorageError
 from magicid.recipe import Recipe
 
 T = TypeVar("T")
+KEPT_BYTES, MAPPED_BYTES = 1 << 28, 1 << 25  # glibc: free memory that a process keeps; larger blocks are mapped
 
 
 def connect(settings: Recipe) -> None:
@@ -31,8 +32,11 @@ def connect(settings: Recipe) -> None:
 
 
 def set_environment(recipe: Recipe) -> None:
-    """Environment of this process and of the workers it starts: threads wait asleep, few of them on a laptop."""
+    """Environment of this process and of the workers it starts: threads wait asleep, few of them on a laptop, and freed
+    memory is kept for the next layer instead of going back to the kernel, which on a CPU costs a tenth of the time."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(KEPT_BYTES))
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(MAPPED_BYTES))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own notes between the progress bars
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")  # a dozen actors on two cores are no mistake

@@ -98,6 +98,19 @@ def test_decoding_equals_the_pipelines_own(folders: dict[str, Path], name: str) 
     assert np.abs(frames - expected * 255).max() <= 0.51
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_clip_alone_is_encoded_and_decoded_as_in_a_batch(folders: dict[str, Path], name: str) -> None:
+    backbone = load_backbone(tiny_recipe(name, folders[name]))
+    latents = backbone.sample(PROMPTS, SEEDS)
+    frames = backbone.decode(latents)
+    encoded = backbone.encode_video(frames)
+    for row in range(2):
+        alone = backbone.decode(latents[row : row + 1])
+        assert alone.shape == (1, 5, 32, 48, 3)
+        assert np.abs(alone[0].astype(int) - frames[row]).max() <= 1  # rounding to a grey level
+        torch.testing.assert_close(backbone.encode_video(frames[row : row + 1])[0], encoded[row], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["hunyuan-480p", "wan-480p"])
 def test_encoding_is_the_posteriors_mode_in_the_transformers_scale(folders: dict[str, Path], name: str) -> None:
     backbone = load_backbone(tiny_recipe(name, folders[name]), parts=("vae",))
