@@ -7,6 +7,7 @@ with all reasons. `read_manifest` and `ManifestRow` come from manifests.py.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -52,9 +53,10 @@ class FaceReader(Protocol):
 
 @dataclass(frozen=True)
 class _Photo:
-    """A usable photo: its name in messages, pixels and face."""
+    """A usable photo: its name in messages, caption, pixels and face."""
 
     name: str
+    caption: str
     pixels: NDArray[np.uint8]  # (H, W, 3)
     face: Face
 
@@ -109,6 +111,7 @@ def check_identity(
         references=[[float(x) for x in photo.face.embedding] for photo in usable],
         metric_references=metric_references,
         warnings=warnings,
+        captions=[photo.caption for photo in usable],
     )
 
 
@@ -126,7 +129,7 @@ def _usable(row: ManifestRow, limits: recipes.Identities, faces: FaceReader) -> 
     usable: list[_Photo] = []
     warnings: list[str] = []
     seen: dict[str, str] = {}
-    for location in row.photos:
+    for location, caption in itertools.zip_longest(row.photos, row.captions, fillvalue=""):
         name = "/".join(public_name(location).rsplit("/", 2)[-2:])
         if len(usable) == limits.max_photos:
             warnings.append(f"{name} is left out: {limits.max_photos} photos are enough")
@@ -137,7 +140,7 @@ def _usable(row: ManifestRow, limits: recipes.Identities, faces: FaceReader) -> 
             if digest in seen:
                 raise PhotoError(f"{name} is the same picture as {seen[digest]}", "give different photos")
             seen[digest] = name
-            usable.append(_Photo(name, pixels, _one_face(pixels, name, limits, faces)))
+            usable.append(_Photo(name, caption, pixels, _one_face(pixels, name, limits, faces)))
         except MagicIDError as error:
             if storage_errors.transient(error):  # that says nothing of the photo, and what is kept is kept for good
                 raise

@@ -22,18 +22,22 @@ from magicid.errors import ManifestError, StorageError
 from magicid.schema import Rejected
 from magicid.storage import join, list_files, open_fs, public_name, public_text, read_bytes, sha256_json
 
-COLUMNS = ("id", "owner", "photos", "class_word", "consent", "priority", "deadline", "overrides")
+COLUMNS = ("id", "owner", "photos", "captions", "class_word", "consent", "priority", "deadline", "overrides")
 OVERRIDE_PREFIX = "recipe."  # a column `recipe.hpo.beta` is one override
 
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}", re.IGNORECASE | re.ASCII)
 _CLASS_WORD = re.compile(r"[^\W\d_][\w' -]{0,39}")
 _PHOTO_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic")
 _DEFAULT_OWNER = "default"
+_LONGEST_CAPTION = 1000  # characters
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestRow:
-    """One person as the manifest names them; `photos` are full locations, `overrides` dotted recipe keys -> TOML."""
+    """One person as the manifest names them; `photos` are full locations, `overrides` dotted recipe keys -> TOML.
+
+    `captions` say what each photo shows, in its order, empty where that is not said; or there are none.
+    """
 
     id: str
     photos: list[str]
@@ -43,14 +47,15 @@ class ManifestRow:
     priority: int = 0
     overrides: dict[str, str] = field(default_factory=dict)
     deadline: float | None = None  # Unix seconds
+    captions: list[str] = field(default_factory=list)
 
 
 def read_manifest(location: str) -> tuple[list[ManifestRow], list[Rejected]]:
     """Read a manifest: usable rows in its order, and the rows set aside.
 
-    Columns: id and photos (a list; in CSV separated by ";"; relative to the manifest), and where wanted owner,
-    class_word, consent, priority (higher is earlier), deadline (ISO 8601) and overrides (a mapping, or columns
-    `recipe.<dotted key>`).
+    Columns: id and photos (a list; in CSV separated by ";"; relative to the manifest), and where wanted captions (what
+    each photo shows, as many as photos), owner, class_word, consent, priority (higher is earlier), deadline (ISO 8601)
+    and overrides (a mapping, or columns `recipe.<dotted key>`).
     A folder is read through the one `manifest.jsonl`, `.csv` or `.parquet` in it; without one, each folder in it is a
     person named like the folder.
 
@@ -233,18 +238,20 @@ def _row(record: dict[str, Any], base: str) -> ManifestRow:
     owner, consent = record.get("owner") or _DEFAULT_OWNER, record.get("consent") or None
     if not isinstance(owner, str) or not isinstance(consent, str | None):
         raise _RowError(f"owner {owner!r} or consent {consent!r} is not text", "write both as text")
+    photos = _photos(record.get("photos"), base)
     row = ManifestRow(
         id=identity,
-        photos=_photos(record.get("photos"), base),
+        photos=photos,
         owner=owner,
         class_word=class_word,
         consent=consent,
         priority=_priority(record.get("priority")),
         deadline=_deadline(record.get("deadline")),
         overrides=_overrides(record),
+        captions=_captions(record.get("captions"), len(photos)),
     )
     try:  # JSON can spell half a character (a lone surrogate), which no table can hold
-        "".join([owner, consent or "", *row.photos, *row.overrides, *row.overrides.values()]).encode()
+        "".join([owner, consent or "", *row.photos, *row.captions, *row.overrides, *row.overrides.values()]).encode()
     except UnicodeEncodeError as error:
         raise _RowError(
             f"a text of {identity!r} is not Unicode: {error.reason}", "write it in whole letters"
@@ -258,6 +265,24 @@ def _photos(value: Any, base: str) -> list[str]:
     if not isinstance(value, list) or not value or not all(isinstance(photo, str) and photo for photo in value):
         raise _RowError(f"photos {value!r} is not a list of paths", 'list the files; in CSV separated by ";"')
     return [photo if "://" in photo or photo.startswith("/") else join(base or ".", photo) for photo in value]
+
+
+def _captions(value: Any, photos: int) -> list[str]:
+    """As many captions as photos, empty for a photo that has none; or no captions at all."""
+    if value is None or value == "" or value == []:
+        return []
+    if isinstance(value, str):
+        value = value.split(";")
+    if not isinstance(value, list) or not all(isinstance(caption, str | None) for caption in value):
+        raise _RowError(f"captions {value!r} is not a list of texts", 'list them; in CSV separated by ";"')
+    if len(value) != photos:
+        raise _RowError(f"there are {len(value)} captions of {photos} photos", 'write one for each, "" for none')
+    captions = [(caption or "").strip() for caption in value]
+    if longest := [caption for caption in captions if len(caption) > _LONGEST_CAPTION]:
+        raise _RowError(
+            f"the caption {longest[0][:24]!r}... has more than {_LONGEST_CAPTION} characters", "write a shorter one"
+        )
+    return captions
 
 
 def _priority(value: Any) -> int:

@@ -175,7 +175,8 @@ class Sft(Section):
     weight_decay: float = Field(1e-4, ge=0)
     batch_size: int = Field(1, ge=1, description="clips per step, over all workers")
     guidance_scale: float = Field(1.0, ge=1)
-    prompt: str = Field("a {class_word}", description="caption of the inflated photos")
+    prompt: str = Field("a {class_word}", description="caption of the inflated photos that have none of their own")
+    captions: bool = Field(True, description="photos under their captions in the manifest; false: all under `prompt`")
     moving: int = Field(
         0, ge=0, description="moving copies of each photo beside the still one, panned and turned; 0: the paper"
     )

@@ -6,6 +6,7 @@ decides its pixels, so the same request in another run, or after a crash, finds 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -64,11 +65,12 @@ def evaluation_clips(
 
 
 def static_clips(recipe: Recipe, base_sha256: str, identity: Identity) -> list[Clip]:
-    """V_id: each reference photo inflated to a clip, under the SFT caption."""
-    prompt = for_class(recipe.sft.prompt, identity.class_word)
+    """V_id: each reference photo inflated to a clip, under its own caption if the manifest has one, else the SFT's."""
+    captions = identity.captions if recipe.sft.captions else []
     clips = []
-    for photo_uri in identity.photos:
-        key = ["photo", identity.identity_id, photo_uri, base_sha256, _pixels(recipe)]
+    for photo_uri, caption in itertools.zip_longest(identity.photos, captions, fillvalue=""):
+        prompt = for_class(caption or recipe.sft.prompt, identity.class_word)
+        key = ["photo", identity.identity_id, photo_uri, prompt, base_sha256, _pixels(recipe)]
         clips.append(
             Clip(
                 clip_id=sha256_json(key)[:32],
@@ -85,12 +87,17 @@ def static_clips(recipe: Recipe, base_sha256: str, identity: Identity) -> list[C
 
 
 def moving_clips(recipe: Recipe, base_sha256: str, identity: Identity) -> list[Clip]:
-    """V_mov: `sft.moving` copies of each photo that move as a whole, under the SFT caption. Beyond the paper."""
+    """V_mov: `sft.moving` copies of each photo that move as a whole. Beyond the paper.
+
+    All are under `sft.prompt`: a photo's own caption says what a person does who stands still, and these do not.
+    """
+    prompt = for_class(recipe.sft.prompt, identity.class_word)
     return [
         replace(
             clip,
-            clip_id=sha256_json(["moving", clip.clip_id, number])[:32],
+            clip_id=sha256_json(["moving", clip.clip_id, prompt, number])[:32],
             kind=schema.MOVING_CLIP,
+            prompt=prompt,
             seed=moving_seed(place, number),
         )
         for place, clip in enumerate(static_clips(recipe, base_sha256, identity))

@@ -31,7 +31,10 @@ REWARD_NAMES = ("identity", "motion", "semantics")  # the order of the columns o
 
 @dataclass(frozen=True)
 class Identity:
-    """One person, checked. `photos` are the URIs of normalised PNG copies under the run directory."""
+    """One person, checked. `photos` are the URIs of normalised PNG copies under the run directory.
+
+    `captions` say what each of them shows, empty where the manifest does not say it.
+    """
 
     identity_id: str
     owner: str
@@ -43,6 +46,7 @@ class Identity:
     references: list[list[float]] = field(default_factory=list)  # (photos, D) unit face embeddings, reward recogniser
     metric_references: list[list[float]] = field(default_factory=list)  # the same by the metric recogniser
     warnings: list[str] = field(default_factory=list)  # e.g. a photo left out, and why
+    captions: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -94,15 +94,15 @@ class SlotWorker:
         examples = task.payload["examples"]
         clips = {example["clip_id"]: read_latents(self.run.location, example["latents_uri"]) for example in examples}
         clips = {clip_id: first_frames(latents, recipe.sft.frames) for clip_id, latents in clips.items()}
-        text = read_text(self.run.location, examples[0]["text_uri"])
+        texts = {example["clip_id"]: read_text(self.run.location, example["text_uri"]) for example in examples}
         if recipe.sft.tokens:
             self.engine.reset(None, None, learning_rate=0.0, weight_decay=0.0, max_grad_norm=1.0, seed=0)  # no effect
             return train_tokens(
-                self.backbone, clips, text, recipe.sft, recipe.trainer, device=self.engine.device, on_log=watch.log,
+                self.backbone, clips, texts, recipe.sft, recipe.trainer, device=self.engine.device, on_log=watch.log,
                 on_step=watch.step, on_tokens=lambda step, tokens: self._tokens.update({TOKENS: tokens.float().cpu()}),
             )  # fmt: skip
         return train_sft(
-            self.engine, self.backbone, clips, text, recipe.sft, recipe.trainer, checkpoints,
+            self.engine, self.backbone, clips, texts, recipe.sft, recipe.trainer, checkpoints,
             on_log=watch.log, on_step=watch.step,
         )  # fmt: skip
 

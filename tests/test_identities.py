@@ -51,7 +51,7 @@ def write_manifest(folder: Path, form: str, records: list[dict[str, Any]]) -> st
 
 RECORDS: list[dict[str, Any]] = [
     {"id": "ada", "photos": ["ada/1.png", "ada/2.png"], "owner": "x", "class_word": "woman", "consent": "c1",
-     "priority": 5, "recipe.hpo.beta": 500},
+     "priority": 5, "recipe.hpo.beta": 500, "captions": ["a {class_word} in the snow", ""]},
     {"id": "Bob-2", "photos": ["/abs/1.png", "s3://bucket/2.png"]},
 ]  # fmt: skip
 
@@ -64,7 +64,14 @@ def test_every_form_gives_the_same_rows(tmp_path: Path, form: str, by_folder: bo
     assert rejected == []
     assert rows == [
         ManifestRow(
-            "ada", [f"{tmp_path}/ada/1.png", f"{tmp_path}/ada/2.png"], "x", "woman", "c1", 5, {"hpo.beta": "500"}
+            "ada",
+            [f"{tmp_path}/ada/1.png", f"{tmp_path}/ada/2.png"],
+            "x",
+            "woman",
+            "c1",
+            5,
+            {"hpo.beta": "500"},
+            captions=["a {class_word} in the snow", ""],
         ),
         ManifestRow("Bob-2", ["/abs/1.png", "s3://bucket/2.png"]),
     ]
@@ -134,6 +141,11 @@ def test_bad_rows_are_set_aside_and_the_others_go_on(tmp_path: Path, form: str) 
         ({"photos": []}, "photos"),
         ({"photos": [1]}, "photos"),
         ({"class_word": "man}{"}, "class_word"),
+        ({"captions": ["one", "two"]}, "2 captions of 1 photos"),
+        ({"captions": [3]}, "captions [3]"),
+        ({"captions": {"1.png": "one"}}, "captions {"),
+        ({"captions": ["a" * 1001]}, "more than 1000 characters"),
+        ({"captions": ["\ud800"]}, "not Unicode"),
         ({"priority": "high"}, "priority 'high'"),
         ({"priority": 1.5}, "priority 1.5"),
         ({"priority": math.inf}, "priority inf"),
@@ -296,6 +308,13 @@ def test_good_photos_become_references_and_normalised_copies(tmp_path: Path) -> 
     assert person.metric_references == person.references
     assert (person.identity_id, person.owner, person.class_word, person.consent) == ("ada", "owner", "woman", "c")
     assert (person.priority, person.overrides, person.warnings) == (3, {"hpo.beta": "9"}, [])
+
+
+def test_captions_stay_with_their_photos(tmp_path: Path) -> None:
+    photos = [photo((angle, 25), seed=angle) for angle in (0, 10)] + [photo(), photo((20, 25), seed=20)]
+    person = check(tmp_path, photos, captions=["in the snow", "", "nobody is there", "on the beach"])
+    assert len(person.warnings) == 1  # the third shows no face
+    assert person.captions == ["in the snow", "", "on the beach"]
 
 
 @pytest.mark.parametrize(

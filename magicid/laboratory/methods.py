@@ -124,7 +124,7 @@ DEV = Plan(
     ),
     hpo_steps=(100, 200),
     sft_rates=(LOW, HIGH),
-    overrides={"lora.layers": "attention"},
+    overrides={"lora.layers": "attention", "sft.captions": False},
 )
 
 
@@ -164,6 +164,24 @@ DEV_MOVING = Plan(
         _after_moving(twice=True),
     ),
     hpo_steps=(25, 50, 100),
+    overrides={"sft.captions": False},
+)
+
+
+def _captioned(steps: int, moving: int, still: int = STILL, **hpo: float) -> Variant:
+    overrides = {"sft.captions": True, "sft.moving": moving, "sft.steps": steps, "selection.still_pairs": still}
+    return Variant("hpo", overrides={**overrides, **{f"hpo.{key}": value for key, value in hpo.items()}})
+
+
+DEV_CAPTIONS = Plan(
+    group="dev",
+    people=4,
+    prompts=12,
+    train_seeds=(0,),
+    sft_steps=(20, 40, 60, 120, 170),
+    frames_steps=(),
+    variants=(_captioned(120, 0), _captioned(120, 2), _captioned(60, 0)),
+    hpo_steps=(25, 50),
 )
 
 NO_COPIES: Mapping[str, Any] = {"selection.still_pairs": 0}
@@ -209,7 +227,7 @@ SMALL = Plan(
     hpo_steps=(50,),
 )
 
-PLANS = {"small": SMALL, "dev": DEV, "dev-moving": DEV_MOVING, "full": TEST}
+PLANS = {"small": SMALL, "dev": DEV, "dev-moving": DEV_MOVING, "dev-captions": DEV_CAPTIONS, "full": TEST}
 
 
 def only(plan: Plan, methods: Sequence[str] | None, seeds: Sequence[int] | None) -> Plan:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from magicid.prompts import for_class, load_prompts
 from magicid.recipe import Recipe
 from magicid.world import language
-from magicid.world.renderer import render_photos, sample_people
+from magicid.world.renderer import photo_places, render_photos, sample_people
 
 CLASS_WORD = "person"
 SEED = 880_000  # far from the seeds of every training
@@ -23,17 +23,24 @@ class Person:
     Attributes:
         name: `dev-0`, ... for choosing settings, `test-0`, ... for what is reported.
         photos: uint8 RGB (P, 96, 96, 3).
+        captions: what each photo shows: the person in its place.
     """
 
     name: str
     photos: NDArray[np.uint8]
+    captions: tuple[str, ...]
 
 
 def people(group: str, count: int, photos: int = 6) -> list[Person]:
     """`count` people of the group `dev` or `test`; the groups share nobody."""
     offset = {"dev": 0, "test": 1}[group]
     looks = sample_people(count, SEED + offset)
-    return [Person(f"{group}-{i}", render_photos(look, photos, SEED + 10 * i + offset)) for i, look in enumerate(looks)]
+    found = []
+    for i, look in enumerate(looks):
+        seed = SEED + 10 * i + offset
+        captions = tuple(language.caption(None, place, class_word=CLASS_WORD) for place in photo_places(photos, seed))
+        found.append(Person(f"{group}-{i}", render_photos(look, photos, seed), captions))
+    return found
 
 
 def heldout_actions(recipe: Recipe, group: str) -> tuple[list[int], list[int], list[int]]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -44,8 +44,19 @@ class Owner:
 
 SEEDED = ("repository", "sft", "hpo")  # sections whose seeds differ from one training to the next
 TRAINED_SEED = 500_000  # of V_t, beyond the seed of V_s: far from those of held-out clips
-Start = tuple[int, int]
-"""Where preference training begins: moving copies of each photo in the SFT, and its steps."""
+
+
+class Start(NamedTuple):
+    """Where preference training begins: the SFT's moving copies of each photo, whether captions are used, its steps."""
+
+    moving: int
+    captions: bool
+    steps: int
+
+    @property
+    def method(self) -> str:
+        """The SFT, as the tables name it."""
+        return "sft" + "_moving" * bool(self.moving) + "_captions" * self.captions
 
 
 @dataclass(frozen=True)
@@ -145,7 +156,7 @@ class Study:
 
     def _start(self, variant: Variant) -> Start:
         sft = self._settings(variant).sft
-        return sft.moving, sft.steps
+        return Start(sft.moving, sft.captions, sft.steps)
 
     def _starts(self, variants: Sequence[Variant]) -> list[Start]:
         return sorted({self._start(variant) for variant in variants})
@@ -177,18 +188,30 @@ class Study:
             self.rows.measure("renderer", "", 0, clips, person.name)
 
     def _self_reconstruction(self, static: Sequence[torch.Tensor]) -> dict[Start, Stack]:
-        """SFT on photos held still, the paper's, and where a variant begins with them on moving copies too."""
+        """SFT on photos held still under one caption, the paper's, and all others that variants begin with."""
         starts, found = self._starts(self.plan.variants), dict[Start, Stack]()
-        for moving in sorted({0, *(moving for moving, _ in starts)}):
+        for moving, captions in sorted({(0, False), *((start.moving, start.captions) for start in starts)}):
             copies = [self.sampler.moving(o.person.photos, moving) for o in self.owners] if moving else []
             clips = [torch.cat(both) for both in zip(static, copies)] if moving else static
-            wanted = [steps for copies_, steps in starts if copies_ == moving]
-            trained = self._sft("sft_moving" if moving else "sft", clips, self.plan.sft_steps, wanted)
-            found |= {(moving, steps): trained[steps] for steps in wanted}
+            mine = [start for start in starts if (start.moving, start.captions) == (moving, captions)]
+            method = Start(moving, captions, 0).method
+            trained = self._sft(method, clips, self.plan.sft_steps, [start.steps for start in mine], captions)
+            found |= {start: trained[start.steps] for start in mine}
         return found
 
+    def _captions(self, person: Person, clips: int, captions: bool) -> list[str]:
+        """Of a person's photos, and after them of their moving copies, which show nobody who stands still."""
+        plain = for_class(self.recipe.sft.prompt, CLASS_WORD)
+        still = list(person.captions) if captions else [plain] * len(person.photos)
+        return still + [plain] * (clips - len(still))
+
     def _sft(
-        self, method: str, static: Sequence[torch.Tensor], at: Sequence[int], starts: Sequence[int] = ()
+        self,
+        method: str,
+        static: Sequence[torch.Tensor],
+        at: Sequence[int],
+        starts: Sequence[int] = (),
+        captions: bool = False,
     ) -> dict[int, Stack]:
         """Train and measure, or find it done; returns at least the adapters that preference training starts from."""
         at = sorted({*at, *starts})
@@ -201,10 +224,10 @@ class Study:
             found = {s: {key[5:]: flat[key] for key in flat if key.startswith(f"{s:04d}/")} for s in starts}
             if all(found.values()):  # an earlier call may have wanted other starts
                 return found
-        caption = for_class(self.recipe.sft.prompt, CLASS_WORD)
-        fresh = self._fresh_tokens(caption) if method == "magicme" else self._fresh_adapters()
+        told = [self._captions(owner.person, len(clips), captions) for owner, clips in zip(self.owners, static)]
+        fresh = self._fresh_tokens(told[0][0]) if method == "magicme" else self._fresh_adapters()
         trained = train_sft(
-            self.sampler, fresh, static, [caption] * len(static), self.recipe.sft, self.recipe.trainer.shift, at,
+            self.sampler, fresh, static, told, self.recipe.sft, self.recipe.trainer.shift, at,
             self._tick, [TOKENS_RATE if method == "magicme" else owner.rate for owner in self.owners],
         )  # fmt: skip
         safetensors.torch.save_file({f"{s:04d}/{k}": v.cpu() for s in starts for k, v in trained[s].items()}, kept)
@@ -223,7 +246,7 @@ class Study:
         return {TOKENS: torch.stack([first_tokens(text, TOKENS_COUNT, o.seed) for o in self.owners]).to(self.device)}
 
     def _repository(self, start: Start, trained: Stack, static: Sequence[torch.Tensor]) -> list[Repository]:
-        settings, caption = self.recipe.repository, for_class(self.recipe.sft.prompt, CLASS_WORD)
+        settings = self.recipe.repository
         if self._base_clips is None:
             prompts = [self.training[i % len(self.training)] for i in range(settings.base_clips)]
             seeds = [settings.seed + i for i in range(settings.base_clips)]
@@ -234,29 +257,36 @@ class Study:
         sampled = self.sampler.sample(trained, prompts, seeds).unflatten(0, (len(self.owners), -1))
         clips, latents = [], []
         for k, owner in enumerate(self.owners):
-            training, photos = f"{start[0]}-{start[1]}/{owner.seed}/{owner.rate:g}", len(static[k])
+            training, photos = self._training(start, owner), len(static[k])
+            captions = self._captions(owner.person, photos, start.captions)
             clips += wanted(schema.TRAINED_CLIP, owner.person.name, prompts, seeds, training=training)
-            clips += wanted(schema.STATIC_CLIP, owner.person.name, [caption] * photos, [0] * photos, training=training)
+            clips += wanted(schema.STATIC_CLIP, owner.person.name, captions, [0] * photos, training=training)
             latents += [sampled[k], static[k]]
         scored = self._scored(clips, torch.cat(latents))
-        self._say(f"repository after {start[1]} steps: {len(scored)} clips")
+        self._say(f"repository after {start.steps} steps: {len(scored)} clips")
         found, position = [], 0
         for k, owner in enumerate(self.owners):
             count = len(prompts) + len(static[k])
             mine = [*self._base_clips, *scored[position : position + count]]
             mine = with_identity_reward(mine, self.references[owner.person.name][0])
             copies = [still_copy(clip) for clip in mine if clip.kind == schema.TRAINED_CLIP]
-            found.append(Repository(owner, [*mine, *copies, *self._moving_copies(start, owner, caption)]))
+            found.append(Repository(owner, [*mine, *copies, *self._moving_copies(start, owner)]))
             position += count
         return found
 
-    def _moving_copies(self, start: Start, owner: Owner, caption: str) -> list[ScoredClip]:
+    @staticmethod
+    def _training(start: Start, owner: Owner) -> str:
+        """Tells the adapters of one person apart."""
+        return f"{start.method}-{start.moving}-{start.steps}/{owner.seed}/{owner.rate:g}"
+
+    def _moving_copies(self, start: Start, owner: Owner) -> list[ScoredClip]:
         """V_mov of one adapter's person, their latents kept; nobody scores them."""
-        count = start[0] * len(owner.person.photos)
-        training = f"{start[0]}-{start[1]}/{owner.seed}/{owner.rate:g}"
-        clips = wanted(schema.MOVING_CLIP, owner.person.name, [caption] * count, [0] * count, training=training)
+        photos = len(owner.person.photos)
+        captions = self._captions(owner.person, photos * (1 + start.moving), start.captions)[photos:]
+        training, seeds = self._training(start, owner), [0] * len(captions)
+        clips = wanted(schema.MOVING_CLIP, owner.person.name, captions, seeds, training=training)
         if clips:
-            self.bank.add([clip.clip_id for clip in clips], self.sampler.moving(owner.person.photos, start[0]))
+            self.bank.add([clip.clip_id for clip in clips], self.sampler.moving(owner.person.photos, start.moving))
         return clips
 
     def _preferences(
@@ -317,7 +347,7 @@ class Study:
             for variant in variants:
                 members = [(i, k) for i, (v, _, k) in enumerate(trainings) if v is variant]
                 if members:
-                    behind = self._start(variant)[1] + before
+                    behind = self._start(variant).steps + before
                     own = take(population, [i for i, _ in members])
                     adapters = [k for _, k in members]
                     self._held_out(variant.method, variant.setting, behind + steps, own, adapters)
@@ -335,7 +365,7 @@ class Study:
         start, steps = self._start(variant), max(self.plan.hpo_steps)
         first = self._preferences([variant], trained, repositories, [steps // 2])
         if first is not None:
-            second = self._repository((start[0], start[1] + steps // 2), first, static)
+            second = self._repository(start._replace(steps=start.steps + steps // 2), first, static)
             self._preferences([variant], {start: first}, {start: second}, [steps - steps // 2], steps // 2)
 
     # ---- clips ------------------------------------------------------------------------------------------------
@@ -390,9 +420,10 @@ class Study:
 
     def _longest(self, method: str) -> int | None:
         """The step at which a method's clips are sampled in other lengths too."""
-        ends = dict.fromkeys(("sft", "sft_moving"), self.plan.sft_steps) | {"dreambooth": self.plan.frames_steps}
-        if method in ends:
-            return max(ends[method], default=None)
+        if method == "dreambooth":
+            return max(self.plan.frames_steps, default=None)
+        if method.startswith("sft"):
+            return max(self.plan.sft_steps)
         return self.recipe.sft.steps + max(self.plan.hpo_steps, default=0) if method == "hpo" else None
 
     def _tick(self, stage: str, step: int, loss: float) -> None:

@@ -26,7 +26,7 @@ def train_sft(
     sampler: Sampler,
     weights: Stack,
     photos: Sequence[Tensor],
-    prompts: Sequence[str],
+    captions: Sequence[Sequence[str]],
     settings: recipe.Sft,
     shift: float,
     at: Sequence[int],
@@ -38,7 +38,7 @@ def train_sft(
     Args:
         weights: K fresh adapters: LoRAs, or extended tokens (MagicMe).
         photos: latents (P, C, F, H, W) of each adapter's person.
-        prompts: each adapter's caption.
+        captions: P of each adapter's person.
         shift: of the noise levels.
         at: steps after which the adapters are copied; the last one ends the training.
         rates: learning rate of each adapter; the settings' where empty.
@@ -50,11 +50,11 @@ def train_sft(
         weights, rates or [settings.learning_rate] * len(photos), weight_decay=settings.weight_decay
     )
     each, kept = settings.batch_size, {}
-    text = sampler.text([prompt for prompt in prompts for _ in range(each)])
     rng, randomness = np.random.default_rng(settings.seed), _generator(settings.seed, sampler.device)
     order = [np.concatenate([rng.permutation(len(p)) for _ in range(-(-each * max(at) // len(p)))]) for p in photos]
     for step in range(max(at)):
         rows = [indices[step * each : (step + 1) * each] for indices in order]
+        text = sampler.text([captions[k][row] for k, indices in enumerate(rows) for row in indices])
         clean = torch.cat([latents[torch.from_numpy(r).to(latents.device)] for latents, r in zip(photos, rows)])
         noise = torch.randn(clean.shape, generator=randomness, device=sampler.device)
         sigma = _sigma(len(clean), randomness, shift)

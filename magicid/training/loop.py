@@ -166,8 +166,3 @@ def _sendable(error: Exception | None) -> Exception | None:
 def to_device(text: TextEmbeddings, device: torch.device) -> TextEmbeddings:
     """Text embeddings on a device."""
     return {name: tensor.to(device) for name, tensor in text.items()}
-
-
-def repeat_text(text: TextEmbeddings, times: int) -> TextEmbeddings:
-    """Text embeddings of one prompt for a batch of `times`."""
-    return {name: tensor.expand(times, *tensor.shape[1:]) for name, tensor in text.items()}

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from magicid import recipe
-from magicid.backbones.base import TextEmbeddings, VideoBackbone, add_noise, velocity_target
+from magicid.backbones.base import TextEmbeddings, VideoBackbone, add_noise, stack_text, velocity_target
 from magicid.errors import TrainingError
 from magicid.storage import sha256_bytes, sha256_json
 from magicid.training.checkpoint import CheckpointStore
 from magicid.training.engine import Engine
-from magicid.training.loop import LogRow, Progress, TrainingResult, repeat_text, to_device
+from magicid.training.loop import LogRow, Progress, TrainingResult, to_device
 from magicid.training.loss import velocity_error
 from magicid.training.pairs import Visit, draw, generator, rank_slice
 
@@ -25,7 +25,7 @@ def train_sft(
     engine: Engine,
     backbone: VideoBackbone,
     clips: Mapping[str, Tensor],
-    text: TextEmbeddings,
+    texts: Mapping[str, TextEmbeddings],
     settings: recipe.Sft,
     trainer: recipe.Trainer,
     checkpoints: CheckpointStore | None = None,
@@ -33,13 +33,13 @@ def train_sft(
     on_log: Callable[[LogRow], None] = lambda row: None,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> TrainingResult:
-    """Train a fresh LoRA to reconstruct static clips under one caption: mean squared error of the velocity.
+    """Train a fresh LoRA to reconstruct static clips under their captions: mean squared error of the velocity.
 
     All workers call it alike; the result does not depend on how many there are.
 
     Args:
         clips: clip id -> latents (C, F, H, W), one per photo.
-        text: embeddings of the caption, batch dimension 1.
+        texts: clip id -> embeddings of its caption, batch dimension 1.
         on_log: called on the first worker with a row every `trainer.log_every` steps.
         on_step: called on every worker after each step, with the number of steps done.
 
@@ -50,7 +50,7 @@ def train_sft(
     if not clips:
         raise TrainingError("there are no photo clips to train on", "check the identity's photos")
     progress = Progress(
-        engine, checkpoints, trainer, settings.seed, settings_sha256=_settings_sha256(settings, trainer, clips, text)
+        engine, checkpoints, trainer, settings.seed, settings_sha256=_settings_sha256(settings, trainer, clips, texts)
     )
     start = progress.begin(
         None, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, max_grad_norm=1.0
@@ -60,7 +60,7 @@ def train_sft(
         batch = rank_slice(batch_of_step(list(clips), settings, step), engine.rank, engine.world_size)
         sums = torch.zeros(1, dtype=torch.float64)
         for part in progress.micro_batches(batch):
-            loss, weights = _forward(engine, backbone, clips, text, part, settings, trainer)
+            loss, weights = _forward(engine, backbone, clips, texts, part, settings, trainer)
             engine.backward((loss * weights).sum(), engine.world_size / settings.batch_size)
             sums[0] += float((loss.detach() * weights).sum())
         (mean,) = progress.agree(sums / settings.batch_size, step).tolist()
@@ -93,7 +93,7 @@ def _forward(
     engine: Engine,
     backbone: VideoBackbone,
     clips: Mapping[str, Tensor],
-    text: TextEmbeddings,
+    texts: Mapping[str, TextEmbeddings],
     part: list[tuple[Visit, float]],
     settings: recipe.Sft,
     trainer: recipe.Trainer,
@@ -104,16 +104,21 @@ def _forward(
     noise = torch.stack([d.noise for d in draws]).to(engine.device)
     sigma = torch.stack([d.sigma for d in draws]).to(engine.device)
     weights = torch.tensor([weight for _, weight in part], device=engine.device)
-    captions = to_device(repeat_text(text, len(part)), engine.device)
+    captions = to_device(stack_text([texts[visit.pair_id] for visit, _ in part]), engine.device)
     with engine.autocast():
         velocity = backbone.predict_velocity(add_noise(clean, noise, sigma), sigma, captions, settings.guidance_scale)
     return velocity_error(velocity, velocity_target(clean, noise)), weights
 
 
 def _settings_sha256(
-    settings: recipe.Sft, trainer: recipe.Trainer, clips: Mapping[str, Tensor], text: TextEmbeddings
+    settings: recipe.Sft,
+    trainer: recipe.Trainer,
+    clips: Mapping[str, Tensor],
+    texts: Mapping[str, TextEmbeddings],
 ) -> str:
-    content = {**clips, **{f"text/{name}": tensor for name, tensor in text.items()}}
+    content = dict(clips)
+    for clip_id in clips:
+        content |= {f"{clip_id}/{name}": tensor for name, tensor in texts[clip_id].items()}
     return sha256_json(
         {
             "sft": settings.model_dump(mode="json", exclude={"steps"}),

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from magicid import recipe
-from magicid.backbones.base import TextEmbeddings, VideoBackbone, add_noise, velocity_target
+from magicid.backbones.base import TextEmbeddings, VideoBackbone, add_noise, stack_text, velocity_target
 from magicid.errors import NonFiniteLossError, TrainingError
-from magicid.training.loop import LogRow, TrainingResult, repeat_text, to_device
+from magicid.training.loop import LogRow, TrainingResult, to_device
 from magicid.training.loss import velocity_error
 from magicid.training.pairs import draw
 from magicid.training.sft import batch_of_step
@@ -61,7 +61,7 @@ def first_tokens(text: TextEmbeddings, count: int, seed: int) -> Tensor:
 def train_tokens(
     backbone: VideoBackbone,
     clips: Mapping[str, Tensor],
-    text: TextEmbeddings,
+    texts: Mapping[str, TextEmbeddings],
     settings: recipe.Sft,
     trainer: recipe.Trainer,
     *,
@@ -76,7 +76,7 @@ def train_tokens(
 
     Args:
         clips: clip id -> latents (C, F, H, W).
-        text: embeddings of the caption, batch dimension 1.
+        texts: clip id -> embeddings of its caption, batch dimension 1.
         on_tokens: called after each step with the tokens as they are.
 
     Returns:
@@ -88,8 +88,7 @@ def train_tokens(
     """
     if not clips:
         raise TrainingError("there are no photo clips to train on", "check the identity's photos")
-    tokens = first_tokens(text, settings.tokens, settings.seed).to(device).requires_grad_()
-    caption = to_device(text, torch.device(device))
+    tokens = first_tokens(texts[next(iter(clips))], settings.tokens, settings.seed).to(device).requires_grad_()
     optimizer = torch.optim.AdamW([tokens], lr=settings.learning_rate, weight_decay=settings.weight_decay)
     history: list[LogRow] = []
     for step in range(settings.steps):
@@ -98,8 +97,10 @@ def train_tokens(
         clean = torch.stack([clips[visit.pair_id].float() for visit in visits]).to(device)
         draws = [draw(settings.seed, v.pair_id, v.number, clean.shape[1:], trainer.shift) for v in visits]
         noise, sigma = (torch.stack([getattr(d, name) for d in draws]).to(device) for name in ("noise", "sigma"))
-        captions = with_tokens(repeat_text(caption, len(visits)), tokens)
-        velocity = backbone.predict_velocity(add_noise(clean, noise, sigma), sigma, captions, settings.guidance_scale)
+        text = to_device(stack_text([texts[visit.pair_id] for visit in visits]), tokens.device)
+        velocity = backbone.predict_velocity(
+            add_noise(clean, noise, sigma), sigma, with_tokens(text, tokens), settings.guidance_scale
+        )
         loss = velocity_error(velocity, velocity_target(clean, noise)).mean()
         if not bool(torch.isfinite(loss)):
             raise NonFiniteLossError(f"the loss is not finite at step {step}", "lower sft.learning_rate")

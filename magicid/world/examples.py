@@ -13,7 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from magicid.world.renderer import render_photos, sample_people
+from magicid.world.language import caption
+from magicid.world.renderer import photo_places, render_photos, sample_people
 
 EXAMPLE_PEOPLE: tuple[tuple[str, int], ...] = (
     ("ada", 9_000_031),
@@ -32,7 +33,7 @@ PHOTO_SIZE = 96
 def write_examples(out: Path) -> list[dict[str, Any]]:
     """Write ``out/<name>/NN.png`` and ``out/manifest.jsonl``; returns the manifest's rows.
 
-    Columns: id, owner, photos (paths relative to the manifest), class_word, consent, priority.
+    Columns: id, owner, photos (paths relative to the manifest), captions, class_word, consent, priority.
     """
     rows: list[dict[str, Any]] = []
     for rank, ((name, seed), count) in enumerate(zip(EXAMPLE_PEOPLE, PHOTO_COUNTS, strict=True)):
@@ -48,6 +49,9 @@ def write_examples(out: Path) -> list[dict[str, Any]]:
                 "id": name,
                 "owner": "face-world",
                 "photos": photos,
+                "captions": [
+                    caption(None, int(place), class_word="{class_word}") for place in photo_places(count, seed)
+                ],
                 "class_word": CLASS_WORD,
                 "consent": f"synthetic:face-world/{seed}",
                 "priority": len(EXAMPLE_PEOPLE) - rank,

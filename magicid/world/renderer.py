@@ -17,11 +17,12 @@ from magicid.world.motion_paths import Y as POSE_Y
 from magicid.world.people import PARAMETERS, looks, sample_people
 
 __all__ = [
-    "PARAMETERS", "POSE", "RenderedClips", "render_clips", "render_crowd", "render_photos", "render_scene",
-    "sample_people",
+    "PARAMETERS", "POSE", "RenderedClips", "photo_places", "render_clips", "render_crowd", "render_photos",
+    "render_scene", "sample_people",
 ]  # fmt: skip
 
 FRAMES, SIZE, FPS = 13, 48, 8
+_PHOTOS = 505  # of the seeds of photos: others than those of clips
 _CHUNK = 8  # small enough for the working set to stay in the cache
 
 
@@ -149,14 +150,23 @@ def render_photos(person: ArrayLike, n: int, seed: int, *, size: int = 96) -> ND
 
     The head takes the same part of the picture as in clips.
     """
-    rng = np.random.default_rng([seed, 505])
+    rng = np.random.default_rng([seed, _PHOTOS])
     who = np.repeat(_people(person), n, axis=0)
-    # Consecutive photos are taken in different places.
-    places = (rng.permutation(len(PLACES))[np.arange(n) % len(PLACES)]).astype(np.int64)
+    places = _photo_places(n, rng)
     backdrops = draw_backdrops(places, rng.integers(0, 2**31, n), size)
     pictures, _, _, _ = _render_chunk(who, photo_poses(n, rng), backdrops)
     light = rng.uniform(0.86, 1.06, (n, 1, 1, 1, 1)) * (1 + rng.uniform(-0.05, 0.05, (n, 1, 3, 1, 1)))
     return np.ascontiguousarray(_to_bytes(pictures * light)[:, 0].transpose(0, 2, 3, 1))
+
+
+def photo_places(n: int, seed: int) -> NDArray[np.int64]:
+    """Where `render_photos` takes its ``n`` photos: indices into ``PLACES``."""
+    return _photo_places(n, np.random.default_rng([seed, _PHOTOS]))
+
+
+def _photo_places(n: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Places of consecutive photos: different ones, as long as there are some."""
+    return (rng.permutation(len(PLACES))[np.arange(n) % len(PLACES)]).astype(np.int64)
 
 
 def render_scene(places: ArrayLike, seeds: ArrayLike, size: int = SIZE) -> NDArray[np.uint8]:

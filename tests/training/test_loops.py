@@ -13,15 +13,18 @@ from tiny_backbone import LORA, SHAPE, MemoryPairs, TinyBackbone, hpo_settings, 
 from torch import Tensor
 
 from magicid import recipe
+from magicid.backbones.base import add_noise
 from magicid.errors import NonFiniteLossError, ReferenceMovedError, StorageError, TrainingError
 from magicid.training import lora
 from magicid.training.checkpoint import CheckpointStore
 from magicid.training.engine import Engine, create_engine
 from magicid.training.hpo import LOGGED, train_hpo
 from magicid.training.loop import Progress
+from magicid.training.pairs import draw
 from magicid.training.sft import train_sft
 
 CLIPS = {f"photo{i}": torch.randn(SHAPE, generator=torch.Generator().manual_seed(i)) for i in range(3)}
+TEXTS = {name: tiny_text("a") for name in CLIPS}
 SFT = recipe.Sft.model_validate({"steps": 6, "learning_rate": 1e-2, "batch_size": 2})
 
 
@@ -71,16 +74,35 @@ def test_hpo_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 def test_sft_resumes_bit_for_bit_and_learns(tmp_path: Path) -> None:
     engine, backbone, trainer = make()
-    whole = train_sft(engine, backbone, CLIPS, tiny_text("a"), SFT, trainer)
+    whole = train_sft(engine, backbone, CLIPS, TEXTS, SFT, trainer)
     store = CheckpointStore(str(tmp_path), "sft")
     with pytest.raises(Killed):
-        train_sft(engine, backbone, CLIPS, tiny_text("a"), SFT, trainer, store, on_step=kill_at(3))
+        train_sft(engine, backbone, CLIPS, TEXTS, SFT, trainer, store, on_step=kill_at(3))
     engine, backbone, trainer = make()
-    resumed = train_sft(engine, backbone, CLIPS, tiny_text("a"), SFT, trainer, store)
+    resumed = train_sft(engine, backbone, CLIPS, TEXTS, SFT, trainer, store)
     assert equal(resumed.lora_state, whole.lora_state)
     longer = SFT.model_copy(update={"steps": 60})
-    losses = [row["loss"] for row in train_sft(engine, backbone, CLIPS, tiny_text("a"), longer, trainer).history]
+    losses = [row["loss"] for row in train_sft(engine, backbone, CLIPS, TEXTS, longer, trainer).history]
     assert sum(losses[-15:]) < 0.97 * sum(losses[:15])
+
+
+def test_sft_learns_each_clip_under_its_own_caption() -> None:
+    engine, backbone, trainer = make()
+    settings = SFT.model_copy(update={"steps": 1, "batch_size": 3})
+    texts = {name: tiny_text(name) for name in CLIPS}
+    (row,) = train_sft(engine, backbone, CLIPS, texts, settings, trainer).history
+    engine, backbone, trainer = make()
+    errors = {}
+    for name, clean in CLIPS.items():
+        drawn = draw(settings.seed, name, 0, clean.shape, trainer.shift)
+        noise, sigma = drawn.noise[None], drawn.sigma[None]
+        with torch.no_grad():
+            velocity = backbone.predict_velocity(add_noise(clean[None], noise, sigma), sigma, texts[name], 1.0)
+        errors[name] = float(((velocity - (noise - clean)) ** 2).mean())
+    assert row["loss"] == pytest.approx(sum(errors.values()) / 3, rel=1e-5)
+    for name in CLIPS:  # all three differ, so a caption at another clip would show
+        (other,) = train_sft(engine, backbone, CLIPS, {**texts, name: tiny_text("other")}, settings, trainer).history
+        assert other["loss"] != pytest.approx(row["loss"], rel=1e-5)
 
 
 def test_hpo_goes_the_right_way_and_logs_everything() -> None:
@@ -259,7 +281,7 @@ def test_bfloat16_follows_float32_with_float32_adapters() -> None:
                 for parameter in module.parameters(recurse=False):
                     if not parameter.requires_grad and parameter.dtype == torch.float32:
                         parameter.data = parameter.data.bfloat16().float()
-        results.append(train_sft(engine, backbone, CLIPS, tiny_text("a"), SFT, trainer))
+        results.append(train_sft(engine, backbone, CLIPS, TEXTS, SFT, trainer))
         assert all(tensor.dtype == torch.float32 for tensor in results[-1].lora_state.values())
     losses = [[row["loss"] for row in result.history] for result in results]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
@@ -276,4 +298,4 @@ def test_wrong_lora_tensors_and_modules_are_errors() -> None:
     with pytest.raises(TrainingError, match="without gradients"):
         engine.step()
     with pytest.raises(TrainingError, match="no photo clips"):
-        train_sft(engine, TinyBackbone(), {}, tiny_text("a"), SFT, trainer_settings())
+        train_sft(engine, TinyBackbone(), {}, TEXTS, SFT, trainer_settings())

@@ -52,15 +52,15 @@ def test_tokens_learn_and_the_base_stays(backbone) -> None:
     before = {name: tensor.clone() for name, tensor in backbone.transformer.state_dict().items()}
     settings = backbone.recipe.sft
     text = backbone.encode_prompts(["a person"])
-    clips = {"photo": photo_latents(backbone)}
+    clips, texts = {"photo": photo_latents(backbone)}, {"photo": text}
     steps: list[int] = []
-    result = train_tokens(backbone, clips, text, settings, backbone.recipe.trainer, on_step=steps.append)
+    result = train_tokens(backbone, clips, texts, settings, backbone.recipe.trainer, on_step=steps.append)
     assert steps == list(range(1, 13))
     tokens = result.lora_state[TOKENS]
     start = first_tokens(text, settings.tokens, settings.seed)
     assert tokens.shape == start.shape
     assert float((tokens - start).abs().max()) > 0.1
-    again = train_tokens(backbone, clips, text, settings, backbone.recipe.trainer)
+    again = train_tokens(backbone, clips, texts, settings, backbone.recipe.trainer)
     assert torch.equal(again.lora_state[TOKENS], tokens)
     assert all(torch.equal(before[name], tensor) for name, tensor in backbone.transformer.state_dict().items())
     plain, named = (backbone.sample_text(t, [1]) for t in (text, with_tokens(text, tokens)))
@@ -70,11 +70,11 @@ def test_tokens_learn_and_the_base_stays(backbone) -> None:
 
 def test_tokens_follow_the_gradient(backbone) -> None:
     """The loss on the training draws is lower with trained tokens than with untrained ones."""
-    text, clips = backbone.encode_prompts(["a person"]), {"photo": photo_latents(backbone)}
+    texts, clips = {"photo": backbone.encode_prompts(["a person"])}, {"photo": photo_latents(backbone)}
     settings = backbone.recipe.sft.model_copy(update={"steps": 40, "learning_rate": 0.05})
-    trained = train_tokens(backbone, clips, text, settings, backbone.recipe.trainer)
+    trained = train_tokens(backbone, clips, texts, settings, backbone.recipe.trainer)
     frozen = settings.model_copy(update={"learning_rate": 1e-12})
-    still = train_tokens(backbone, clips, text, frozen, backbone.recipe.trainer)
+    still = train_tokens(backbone, clips, texts, frozen, backbone.recipe.trainer)
     late = [np.mean([row["loss"] for row in result.history[-20:]]) for result in (trained, still)]
     assert late[0] < late[1]
 

@@ -44,7 +44,7 @@ def train(run: str) -> dict[str, AdapterRef]:
     )
     refs = {}
     for name, clips in latents.items():
-        result = train_sft(engine, backbone, clips, text, settings.sft, settings.trainer)
+        result = train_sft(engine, backbone, clips, dict.fromkeys(clips, text), settings.sft, settings.trainer)
         weights = adapters.to_bytes(
             backbone.lora_state_dict(result.lora_state), settings.lora.rank, settings.lora.alpha
         )
