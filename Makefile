@@ -52,9 +52,10 @@ lab: $(READY)  ## the small study: tables and figures of two people (under 20 mi
 	@$(BIN)/magicid results runs/lab/small --threshold $(VERIFIED) --out runs/lab/small/results
 
 lab-full: $(READY)  ## the whole study: settings on four people, results on eight others (hours; a GPU: minutes)
-	@for plan in dev dev-moving full; do $(BIN)/python -m magicid.laboratory runs/lab --plan $$plan || exit 1; done
+	@for plan in dev dev-moving dev-captions full; do $(BIN)/python -m magicid.laboratory runs/lab --plan $$plan || exit 1; done
 	@$(BIN)/magicid results runs/lab/dev --threshold $(VERIFIED) --out runs/lab/dev/results
 	@$(BIN)/magicid results runs/lab/dev-moving --threshold $(VERIFIED) --out runs/lab/dev-moving/results
+	@$(BIN)/magicid results runs/lab/dev-captions --threshold $(VERIFIED) --out runs/lab/dev-captions/results
 	@$(BIN)/magicid results runs/lab/full --threshold $(VERIFIED) --out runs/lab/full/results
 
 world: $(READY)  ## train the face world's models again, from nothing (hours on a CPU)

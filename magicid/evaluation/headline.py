@@ -21,7 +21,7 @@ from magicid.evaluation.intervals import Interval, hierarchical
 from magicid.evaluation.names import MOTIONS
 from magicid.schema import MetricRow
 
-RECONSTRUCTION = ("sft", "dreambooth", "magicme", "sft_moving")
+RECONSTRUCTION = ("sft", "dreambooth", "magicme", "sft_moving", "sft_captions", "sft_moving_captions")
 """Methods that train on the photos alone."""
 Curve = tuple[str, str]
 """(method, setting) of a self-reconstruction."""

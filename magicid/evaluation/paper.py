@@ -56,7 +56,7 @@ METHODS = PaperTable(
         PaperRow("MagicID", ("hpo",), (0.600, 14.42, 0.9933, 26.28, 78.83, 1228.33)),
     ),
 )
-START = ("sft_moving", "sft")  # self-reconstruction alone, at its last step
+START = ("sft_moving_captions", "sft_captions", "sft_moving", "sft")  # self-reconstruction alone, at its last step
 WHOLE = ("no_copies", "hpo")  # both kinds of pair and all rewards; without `selection.still_pairs` that is hpo
 PAIRS = PaperTable(
     "Table 2, pairs",

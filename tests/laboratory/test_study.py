@@ -14,9 +14,10 @@ from magicid.laboratory.study import Study
 from magicid.recipe import Recipe
 from magicid.schema import MetricRow
 
+LETTER = {"selection.still_pairs": 0, "sft.moving": 0, "sft.captions": False}
 PLAN = Plan(
     group="dev", people=2, prompts=2, train_seeds=(5,), sft_steps=(1, 3), frames_steps=(3,), tokens_steps=(2,),
-    variants=(Variant("hpo"), Variant("paper", overrides={"selection.still_pairs": 0, "sft.moving": 0}, named=False),
+    variants=(Variant("hpo"), Variant("paper", overrides=LETTER, named=False),
               Variant("hpo", readings=frozenset({"base-reference"})), Variant("two_rounds", twice=True)),
     hpo_steps=(1, 2), lengths=(5,),
 )  # fmt: skip
@@ -46,8 +47,8 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
                 "renderer 0",
                 "sft 1",
                 "sft 2",
-                "sft_moving 1",
-                "sft_moving 2",
+                "sft_moving_captions 1",
+                "sft_moving_captions 2",
                 "magicme 2",
                 "hpo 3",
                 "paper 3",
@@ -56,7 +57,7 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
             ),
             each,
         )
-        expected |= dict.fromkeys(("sft 3", "sft_moving 3", "dreambooth 3"), each + long) | {"paper 4": each}
+        expected |= dict.fromkeys(("sft 3", "sft_moving_captions 3", "dreambooth 3"), each + long) | {"paper 4": each}
         expected |= {"hpo 3": 2 * each, "hpo 4": 2 * each + long}  # by the SFT adapter and by the base as reference
         assert Counter(key.rsplit(" ", 1)[0] for key in rows) == expected
 

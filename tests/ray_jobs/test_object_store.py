@@ -50,10 +50,11 @@ def test_the_job_runs_in_a_bucket_and_goes_on_there(bucket: str, tmp_path: Path)
     for photo in sorted((job.ROOT / "examples/identities/ada").iterdir()):
         storage.write_bytes(f"{bucket}/photos/ada/{photo.name}", photo.read_bytes())
     photos = [name.removeprefix(f"{bucket}/photos/") for name in storage.list_files(f"{bucket}/photos")]
-    row = {"id": "ada", "owner": "t", "photos": photos}
+    captions = ["a {class_word} in the snow", "", *("a {class_word} in the kitchen" for _ in photos[2:])]
+    row = {"id": "ada", "owner": "t", "photos": photos, "captions": captions}
     storage.write_bytes(f"{bucket}/photos/manifest.jsonl", (json.dumps(row) + "\n").encode())
     out, log = f"{bucket}/run", tmp_path / "log"
-    arguments = job.command(Path("OUT"), Path("PEOPLE"))
+    arguments = job.command(Path("OUT"), Path("PEOPLE"), sft__moving=2)
     arguments[arguments.index("OUT")], arguments[arguments.index("PEOPLE")] = out, f"{bucket}/photos/manifest.jsonl"
 
     assert job.finish(arguments, log) == 0, log.read_text()[-3000:]
@@ -61,8 +62,13 @@ def test_the_job_runs_in_a_bucket_and_goes_on_there(bucket: str, tmp_path: Path)
     assert adapters.verify(published.location)["identity_id"] == "ada"
     assert storage.read_bytes(f"{out}/report.html").startswith(b"<!")
     rows = Run(out).read_parts("scored", ScoredClip)
-    still, moving = len(photos), 2 * len(photos)  # the recipe has two moving copies of each photo
+    still, moving = len(photos), 2 * len(photos)
     assert Counter(row.kind for row in rows) == {"V_s": 8, "V_t": 8, "V_still": 8, "V_id": still, "V_mov": moving}
+    assert Counter(row.prompt for row in rows if row.kind == "V_id") == {
+        "a person in the snow": 1, "a person": 1, "a person in the kitchen": still - 2,
+    }  # fmt: skip
+    assert {row.prompt for row in rows if row.kind == "V_mov"} == {"a person"}
+    assert len({row.text_uri for row in rows if row.kind == "V_id"}) == 3
     assert all(row.error is None for row in rows)
     assert "test-secret" not in log.read_text()
 
