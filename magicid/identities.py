@@ -21,6 +21,7 @@ from magicid import storage_errors
 from magicid.errors import IdentityError, MagicIDError, PhotoError, RecipeError
 from magicid.manifests import ManifestRow, read_manifest
 from magicid.photos import check_size, decode_photo
+from magicid.prompts import for_class
 from magicid.recipe import Recipe
 from magicid.schema import Identity
 from magicid.storage import file_size, join, public_name, public_text, read_bytes, sha256_bytes, write_bytes
@@ -93,7 +94,7 @@ def check_identity(
             "replace these photos, or lower identities.min_photos",
         )
     metric_references, without = _metric_references(usable, metric_faces)
-    warnings += without
+    warnings += without + _nameless(usable, row.class_word)
     uris = []
     for number, photo in enumerate(usable, start=1):
         uri = f"identities/{row.id}/photo-{number}.png"
@@ -169,6 +170,15 @@ def _metric_references(photos: list[_Photo], faces: FaceReader | None) -> tuple[
         else:
             warnings.append(f"{photo.name} shows no face to the evaluation's recogniser")
     return references, warnings
+
+
+def _nameless(photos: list[_Photo], class_word: str) -> list[str]:
+    """Which captions do not call the person what prompts will call them; the person is learned under other words."""
+    return [
+        f"the caption of {photo.name} does not say {class_word!r} or {{class_word}}, which prompts call the person"
+        for photo in photos
+        if photo.caption and class_word not in for_class(photo.caption, class_word)
+    ]
 
 
 def _read(location: str, name: str, limits: recipes.Identities) -> bytes:
