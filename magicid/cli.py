@@ -3,6 +3,7 @@
 magicid recipes
 magicid check --recipe hunyuan-480p --out s3://bucket/run --hpo.steps=2000
 magicid identities examples/identities --recipe face-world
+magicid identities caption people.jsonl --out captioned.jsonl --recipe face-world
 magicid identities delete ID --run RUN (or a folder of runs) --proof FILE
 magicid adapters list RUN | show RUN IDENTITY (or IDENTITY@VERSION) | verify RUN
 magicid adapters alias RUN IDENTITY@VERSION ALIAS | rollback RUN IDENTITY ALIAS | delete RUN IDENTITY (or @VERSION)
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 import typer.core
 
-from magicid import cli_fleet
+from magicid import cli_captions, cli_fleet
 from magicid.cli_errors import told_plainly
 from magicid.evaluation import commands as evaluation_commands
 from magicid.study import commands as study_commands
@@ -54,6 +55,7 @@ identities_app = typer.Typer(
     cls=_ManifestByDefault, no_args_is_help=True, help="What a manifest holds, and the removal of a person from runs."
 )
 app.add_typer(identities_app, name="identities")
+cli_captions.register(identities_app)
 
 NOT_VALID, NO_PROVENANCE = 1, 3  # exit codes; 2 is an error
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -94,6 +94,10 @@ class Identities(Section):
     min_face_px: int = Field(48, ge=8, description="shorter side of the face box")
     detection_threshold: float = Field(0.5, gt=0, lt=1)
     outlier_similarity: float = Field(0.3, ge=-1, le=1, description="a photo below it, against the others, is left out")
+    caption_question: str = Field(
+        'Describe this picture in one short sentence, as a still picture. Call the person "a {class_word}".',
+        description="what `magicid identities caption` asks the vision-language model about each photo",
+    )
 
     @pydantic.model_validator(mode="after")
     def _some_number_of_photos(self) -> Identities:

@@ -95,6 +95,30 @@ class SemanticsReward:
             raise RewardError(f"the vision-language model failed: {error}", "check its folder and the clip") from error
         return expected_rating(log_probs, self.answers)
 
+    @torch.no_grad()
+    def answer(self, frames_FHWC: NDArray[np.uint8], question: str, fps: float, tokens: int = 64) -> str:
+        """What the model says of a clip, its likeliest words, on one line.
+
+        Args:
+            frames_FHWC: uint8 RGB (F, H, W, 3).
+            fps: frames per second of the clip.
+            tokens: the longest answer.
+
+        Raises:
+            RewardError: frames of another form, or a model that fails.
+        """
+        frames = checked_frames(frames_FHWC)
+        try:
+            inputs = question_inputs(self.processor, frames, question, fps, self.frames)
+            device = next(self.model.parameters()).device
+            asked = {name: tensor.to(device) for name, tensor in inputs.items()}
+            said = self.model.generate(**asked, max_new_tokens=tokens, do_sample=False)[
+                0, asked["input_ids"].shape[1] :
+            ]
+            return " ".join(self.processor.tokenizer.decode(said, skip_special_tokens=True).split())
+        except Exception as error:
+            raise RewardError(f"the vision-language model failed: {error}", "check its folder and the clip") from error
+
     def _log_probs(self, inputs: Mapping[str, Tensor]) -> dict[Tokens, NDArray[np.float64]]:
         """Log-probabilities (V,) of the next token after each proper beginning of an answer.
 
@@ -130,7 +154,14 @@ def _no_progress_bar() -> Iterator[None]:
 def rating_inputs(
     processor: Any, frames_FHWC: NDArray[np.uint8], prompt: str, fps: float, frames: int = 8
 ) -> dict[str, Tensor]:
-    """The model's inputs (batch 1) for RATING_QUESTION about a clip, through the processor's own chat template.
+    """The model's inputs (batch 1) for RATING_QUESTION about a clip; see `question_inputs`."""
+    return question_inputs(processor, frames_FHWC, RATING_QUESTION.format(prompt=prompt), fps, frames)
+
+
+def question_inputs(
+    processor: Any, frames_FHWC: NDArray[np.uint8], question: str, fps: float, frames: int
+) -> dict[str, Tensor]:
+    """The model's inputs (batch 1) for a question about a clip, through the processor's own chat template.
 
     Args:
         processor: of a Qwen-VL-type model.
@@ -139,8 +170,7 @@ def rating_inputs(
         frames: frames shown, evenly spaced.
     """
     shown = evenly_spaced(len(frames_FHWC), frames)
-    question = {"type": "text", "text": RATING_QUESTION.format(prompt=prompt)}
-    messages = [{"role": "user", "content": [{"type": "video"}, question]}]
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     step = (len(frames_FHWC) - 1) / (len(shown) - 1) if len(shown) > 1 else 1.0
     metadata = {
