@@ -1,4 +1,4 @@
-"""The finding, held small: preferences after moving photos lie beyond the curve of self-reconstruction.
+"""The finding, held small: preferences after photos with captions lie beyond the curve of self-reconstruction.
 
 One development person, one training: what is compared shares person, prompts and noise, so that a few clips tell the
 order. The numbers themselves are in docs/results.md.
@@ -42,8 +42,8 @@ def test_more_motion_at_equal_identity_and_more_identity_at_equal_motion(tmp_pat
     for (method, measure), one in found.items():
         print(method, measure, one.motion, one.identity)
     flow, head = found["hpo", "dynamic_magnitude"], found["hpo", "head_motion"]
-    assert flow.motion.mean > 1.2
-    assert head.motion.mean > 1.0
-    assert flow.identity.mean > 0.05
+    assert flow.motion.mean > 1.3
+    assert head.motion.mean > 1.1
+    assert flow.identity.mean > 0.1
     assert flow.motion.mean > found["paper", "dynamic_magnitude"].motion.mean, "the paper's letter stays on the curve"
     assert head.motion.mean > found["paper", "head_motion"].motion.mean
