@@ -29,7 +29,7 @@ $(READY): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall opencv-python-headless
 	@touch $@
 
-demo: $(READY)  ## two people become two video adapters (about a quarter of an hour on two cores)
+demo: $(READY)  ## two people become two video adapters (six minutes on two cores)
 	@$(BIN)/python -m ray_jobs.customize --recipe face-world --identities examples/demo.jsonl --out $(RUN)
 
 serve: $(READY)  ## the demo's adapters behind http://127.0.0.1:8000

@@ -89,7 +89,7 @@ def test_a_driver_that_goes_leaves_a_run_that_is_continued(tmp_path: Path) -> No
     where = Run(str(tmp_path / "run"))
     scored = [clip.clip_id for clip in where.read_parts("scored", ScoredClip)]
     measured = [(row.identity_id, row.clip_id) for row in where.read_parts("evaluation", MetricRow)]
-    assert len(scored) == len(set(scored)) == 4 + 10 * (10 + 20 + 8 + 8)  # V_s; V_id, V_mov, V_t, V_still
+    assert len(scored) == len(set(scored)) == 4 + 10 * (10 + 8 + 8)  # V_s; V_id, V_t, V_still
     assert len(measured) == len(set(measured)) == 10 * 6
 
 
