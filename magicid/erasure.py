@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from magicid import adapters, repository, schema, storage
 from magicid.errors import AdapterError, IdentityError, MagicIDError, StorageError
-from magicid.run import Run, clip_uri, training_uri
+from magicid.run import Run, caption_uri, clip_uri, training_uri
 from magicid.schema import Prompt
 
 TOMBSTONES = "erased"
@@ -103,7 +103,9 @@ def sweep(location: str, identity_id: str) -> None:
         StorageError: something could not be read or removed; calling again goes on.
     """
     run = Run(location)
-    clips = [clip_uri(mark, suffix) for mark in traces_of(run, identity_id) for suffix in (".mp4", ".safetensors")]
+    marks = traces_of(run, identity_id)
+    clips = [clip_uri(mark, suffix) for mark in marks for suffix in (".mp4", ".safetensors")]
+    clips += [caption_uri(mark) for mark in marks]
     own = [
         f"{folder}/{identity_id}{end}" for folder in sorted(PERSONAL) for end in ("", ".parquet", ".rejected.parquet")
     ]
@@ -188,8 +190,8 @@ def _wanted(run: Run, identity_id: str) -> list[dict[str, Any]]:
     base, person = str(storage.read_json(run.path("run.json"))["base_sha256"]), run.identity(identity_id)
     prompts = run.read("prompts.parquet", Prompt) if run.has("prompts.parquet") else []
     training, heldout = ([p for p in prompts if p.split == split] for split in ("training", "heldout"))
-    clips = repository.static_clips(recipe, base, person)
-    clips += repository.moving_clips(recipe.for_identity(person.overrides), base, person)
+    own = recipe.for_identity(person.overrides)
+    clips = [*repository.static_clips(own, base, person), *repository.moving_clips(own, base, person)]
     for stage in ("sft", "hpo"):
         uri = training_uri(identity_id, stage, adapters.WEIGHTS_NAME)
         kept = storage.list_files(run.path(training_uri(identity_id, stage, "steps")), ".safetensors")

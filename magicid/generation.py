@@ -23,7 +23,7 @@ from magicid.backbones.base import TextEmbeddings
 from magicid.clips import decode_mp4, encode_mp4, inflate_photo, pan_photo
 from magicid.errors import GenerationError, MagicIDError, StorageError
 from magicid.recipe import Recipe
-from magicid.run import Run, clip_uri, text_uri
+from magicid.run import Run, caption_uri, clip_uri, text_uri
 from magicid.schema import MOVING_CLIP, STATIC_CLIP, STILL_CLIP, VALIDATION_CLIP, Clip
 from magicid.training.tokens import TOKENS, with_tokens
 
@@ -70,7 +70,7 @@ class Generator:
                 video_sha256=storage.sha256_bytes(video),
                 latents_uri=latents_uri,
                 latents_sha256=storage.sha256_bytes(storage.read_bytes(self.run.path(latents_uri))),
-                text_uri=self._text(clip.prompt),
+                text_uri=self._text(clip),
             )
         except Exception as error:
             if isinstance(error, StorageError) and storage_errors.outage(error):
@@ -101,7 +101,7 @@ class Generator:
         if not torch.isfinite(latents).all():
             raise GenerationError(f"clip {clip.clip_id} has non-finite latents", "check the adapter and the precision")
         frames = self.backbone.decode(latents)[0]
-        text = self._text(clip.prompt)
+        text = self._text(clip)
         video_uri, latents_uri = files(clip)
         latents_sha256 = storage.write_arrays(
             self.run.path(latents_uri), {"latents": latents[0].to(torch.float32).cpu().numpy()}
@@ -150,21 +150,23 @@ class Generator:
         self.backbone.load_adapter(state or None)
         self._adapter = clip.adapter_sha256
 
-    def _text(self, prompt: str) -> str:
-        """Write the prompt's text embeddings once, for training; returns their URI."""
-        if prompt not in self._texts:
-            settings = storage.sha256_json(
-                [
-                    self.backbone.base_sha256,
-                    self.recipe.backbone.prompt_template,
-                    self.recipe.backbone.max_sequence_length,
-                ]
-            )
-            uri = text_uri(prompt, settings)
-            if not storage.exists(self.run.path(uri)):
-                storage.write_arrays(self.run.path(uri), _arrays(self.backbone.encode_prompts([prompt])))
-            self._texts[prompt] = uri
-        return self._texts[prompt]
+    def _text(self, clip: Clip) -> str:
+        """Write the prompt's text embeddings once, for training; returns their URI.
+
+        Those of a photo are the clip's own: its caption may say something of the person, and goes when the clip goes.
+        """
+        if clip.kind == STATIC_CLIP:
+            return self._written(caption_uri(clip.clip_id), clip.prompt)
+        if clip.prompt not in self._texts:
+            backbone = self.recipe.backbone
+            settings = [self.backbone.base_sha256, backbone.prompt_template, backbone.max_sequence_length]
+            self._texts[clip.prompt] = self._written(text_uri(clip.prompt, storage.sha256_json(settings)), clip.prompt)
+        return self._texts[clip.prompt]
+
+    def _written(self, uri: str, prompt: str) -> str:
+        if not storage.exists(self.run.path(uri)):
+            storage.write_arrays(self.run.path(uri), _arrays(self.backbone.encode_prompts([prompt])))
+        return uri
 
 
 def files(clip: Clip) -> tuple[str, str]:

@@ -4,7 +4,7 @@ recipe.toml  run.json                       the resolved recipe and what made th
 prompts.parquet
 identities/<id>/                            identity.parquet (one row) photo-N.png; ahead.json before its turn
 clips/<c2>/<clip_id>.mp4 .safetensors       content-addressed clips and their latents
-text/<hash>.safetensors                     text embeddings, one file per prompt
+text/<hash>.safetensors                     text embeddings, one file per prompt; of photos' captions one per clip
 scored/<id>/part-*.parquet                  clips with their rewards; <id> is _shared for V_s
 rewards/<id>.parquet                        what selection saw: raw rewards, 1..10, fronts
 training/<id>/<stage>/                      checkpoints, log.parquet, lora.safetensors
@@ -154,6 +154,11 @@ def clip_uri(clip_id: str, suffix: str) -> str:
 def text_uri(prompt: str, text_settings_sha256: str) -> str:
     """Where a prompt's text embeddings lie, relative to the run."""
     return f"text/{storage.sha256_json([prompt, text_settings_sha256])[:24]}.safetensors"
+
+
+def caption_uri(clip_id: str) -> str:
+    """Where the text embeddings of a photo's caption lie, relative to the run: under the id of its clip."""
+    return f"text/{clip_id}.safetensors"
 
 
 def training_uri(identity_id: str, stage: str, name: str) -> str:

@@ -54,7 +54,7 @@ async def customize_person(fleet: Fleet, row: ManifestRow) -> str:
     fleet.progress(row.id, "check", 0, 1)
     person = await fleet.check(row)
     for warning in person.warnings:
-        fleet.set_aside("photo", row.id, MagicIDError(warning, "replace the photo, or leave it out"))
+        fleet.set_aside("photo", row.id, MagicIDError(warning, "replace the photo or its caption, or leave it out"))
     settings = fleet.recipe.for_identity(person.overrides)
 
     base = await base_clips(fleet, person.class_word)  # V_s, shared by all of one class word

@@ -19,7 +19,7 @@ from magicid import adapters, commands, erasure, ledger, recipe, repository, sto
 from magicid.cli import app
 from magicid.erasure_proof import scan
 from magicid.errors import IdentityError, StorageError
-from magicid.run import Run, clip_uri, identity_uri, training_uri
+from magicid.run import Run, caption_uri, clip_uri, identity_uri, training_uri
 from magicid.schema import CURVE_CLIP, Identity, Prompt, Rejected, ScoredClip
 from tests.object_store import s3_bucket
 from tests.report.fake_run import fill
@@ -171,6 +171,25 @@ def test_moving_photos_that_no_row_has_yet_go_too(tmp_path: Path) -> None:
         storage.write_bytes(run.path(made[name]), b"a clip")
     erasure.delete(run.location, "ada")
     assert [run.has(made[name]) for name in ("ada", "bruno")] == [False, True]
+
+
+def test_captions_of_a_persons_photos_go_too(tmp_path: Path) -> None:
+    run, made = finished(str(tmp_path), ("ada", "bruno")), {}
+    for name in ("ada", "bruno"):  # both in the snow, under an override; no row names the clips yet
+        captions = ["a {class_word} in the snow"] * 9
+        person = replace(run.identity(name), captions=captions, overrides={"sft.prompt": '"a {class_word}, seen"'})
+        run.write(identity_uri(name), [person], Identity)
+        photos = repository.static_clips(run.recipe().for_identity(person.overrides), "b" * 64, person)
+        made[name] = [caption_uri(clip.clip_id) for clip in photos]
+        for uri in made[name]:
+            storage.write_arrays(run.path(uri), {"prompt_embeds": np.ones(1)})
+    erasure.delete(run.location, "ada")
+    assert not any(run.has(uri) for uri in made["ada"])
+    assert all(run.has(uri) for uri in made["bruno"])
+    again = made["bruno"][0]
+    storage.write_json(run.path("erased", f"{erasure.tombstone('bruno')}.json"), {"erased": "now"})
+    erasure.sweep(run.location, "bruno")  # what a worker had in hand when it heard of it
+    assert not run.has(again)
 
 
 def test_an_id_that_is_a_word_of_the_layout_takes_nobody_else_along(tmp_path: Path) -> None:
