@@ -15,7 +15,9 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 STAGES = "0123"
-TOLERANCE = 1e-5  # on weights that a step moves by 1e-2
+# Of weights that a step moves by 1e-2. AdamW divides a gradient by its own size, so where it is next to nothing rounding,
+# which differs from one kind of CPU to the next, moves a single weight further than all the others.
+ON_AVERAGE, AT_MOST = 1e-6, 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,9 @@ def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def same(trained: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
     assert trained.keys() == plain.keys()
     for key, tensor in trained.items():
-        assert float((tensor - plain[key]).abs().max()) < TOLERANCE, key
+        difference = (tensor - plain[key]).abs()
+        assert float(difference.mean()) < ON_AVERAGE, key
+        assert float(difference.max()) < AT_MOST, key
 
 
 @pytest.mark.parametrize("name", [*STAGES, "torch"])
