@@ -15,8 +15,8 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 STAGES = "0123"
-# Of weights that a step moves by 1e-2. AdamW divides a gradient by its own size, so where it is next to nothing rounding,
-# which differs from one kind of CPU to the next, moves a single weight further than all the others.
+# Of weights that a step moves by 1e-2. AdamW divides a gradient by its own size, so where it is next to nothing
+# rounding, which differs from one kind of CPU to the next, moves a single weight further than all the others.
 ON_AVERAGE, AT_MOST = 1e-6, 1e-4
 
 
