@@ -22,6 +22,7 @@ METHODS = {
     "moving_photos": "HPO, moving photos instead of captions",
     "no_copies": "HPO without still copies",
     "beyond": "HPO, others' clips and motion first",
+    "true_clips": "SFT on the renderer's clips (nobody has them)",
     "renderer": "the renderer (truth)",
 }
 MOTIONS = ("dynamic_magnitude", "head_motion")  # both measures of motion: flow, which jitter raises, and the head's

@@ -57,6 +57,7 @@ class Plan:
         sft_steps: self-reconstruction is measured after these steps; so the curve goes on as long as any method trains.
         frames_steps: likewise for training on single frames, DreamBooth; empty: without it.
         tokens_steps: likewise for extended tokens, MagicMe.
+        true_steps: likewise for the renderer's clips of the person, which nobody has: what the base model allows.
         variants: what is trained by preferences.
         hpo_steps: measured after these, beyond the SFT.
         lengths: frames of the clips for the paper's figure 2a, beside the recipe's own.
@@ -73,6 +74,7 @@ class Plan:
     variants: tuple[Variant, ...]
     hpo_steps: tuple[int, ...]
     tokens_steps: tuple[int, ...] = ()
+    true_steps: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
     sft_rates: tuple[float, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -213,6 +215,7 @@ TEST = Plan(
     sft_steps=(20, 40, 60, 120, 170),
     frames_steps=(120, 170),
     tokens_steps=(120, 170),
+    true_steps=(120, 240, 480),
     variants=METHODS,
     hpo_steps=(25, 50),
     lengths=(9, 17, 25),
@@ -236,14 +239,14 @@ def only(plan: Plan, methods: Sequence[str] | None, seeds: Sequence[int] | None)
     """A part of a plan, so that what matters most is measured first.
 
     Args:
-        methods: of its variants, and `dreambooth` and `magicme`; None keeps all.
+        methods: of its variants, and `dreambooth`, `magicme` and `true_clips`; None keeps all.
         seeds: of its trainings; None keeps all.
 
     Raises:
         ValueError: the plan does not have one of them; named.
     """
     if methods is not None:
-        others = {"dreambooth": plan.frames_steps, "magicme": plan.tokens_steps}
+        others = {"dreambooth": plan.frames_steps, "magicme": plan.tokens_steps, "true_clips": plan.true_steps}
         have = {variant.method for variant in plan.variants} | {name for name, steps in others.items() if steps}
         if unknown := sorted(set(methods) - have):
             raise ValueError(f"method {', '.join(unknown)}; it has {', '.join(sorted(have))}")
@@ -252,6 +255,7 @@ def only(plan: Plan, methods: Sequence[str] | None, seeds: Sequence[int] | None)
             variants=tuple(variant for variant in plan.variants if variant.method in methods),
             frames_steps=plan.frames_steps if "dreambooth" in methods else (),
             tokens_steps=plan.tokens_steps if "magicme" in methods else (),
+            true_steps=plan.true_steps if "true_clips" in methods else (),
         )
     if seeds is not None:
         if wrong := sorted(set(seeds) - set(plan.train_seeds)):

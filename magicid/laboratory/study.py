@@ -43,6 +43,7 @@ class Owner:
 
 
 SEEDED = ("repository", "sft", "hpo")  # sections whose seeds differ from one training to the next
+TRUE_SEED = 700_000  # of the renderer's clips of training prompts, likewise
 TRAINED_SEED = 500_000  # of V_t, beyond the seed of V_s: far from those of held-out clips
 
 
@@ -105,6 +106,7 @@ class Study:
         self.prompts = heldout[: plan.prompts]
         self.seeds = [recipe.evaluation.seed + i for i in range(plan.prompts)]
         self.people = people(plan.group, plan.people)
+        self.looks = sample_people(plan.people, SEED + {"dev": 0, "test": 1}[plan.group])
         found = measuring.references([person.photos for person in self.people])
         self.references = {person.name: both for person, both in zip(self.people, found)}
         rates = plan.sft_rates or (recipe.sft.learning_rate,)
@@ -132,6 +134,8 @@ class Study:
             self._sft("dreambooth", [latents[:, :, :1] for latents in static], self.plan.frames_steps)
         if self.plan.tokens_steps:
             self._sft("magicme", static, self.plan.tokens_steps)
+        if self.plan.true_steps:
+            self._true_clips(self.plan.true_steps)
         missing = [variant for variant in self.plan.variants if not self._is_measured(variant)]
         repositories = {start: self._repository(start, trained[start], static) for start in self._starts(missing)}
         once = [variant for variant in missing if not variant.twice]
@@ -179,9 +183,7 @@ class Study:
             self.rows.measure("base", "", 0, clips, person.name)
         asked = [language.parse(prompt) for prompt in self.prompts]
         known = [(i, a, p) for i, (a, p) in enumerate(asked) if a is not None and p is not None]
-        group = {"dev": 0, "test": 1}[self.plan.group]
-        looks = sample_people(self.plan.people, SEED + group)
-        for person, look in zip(self.people, looks):
+        for person, look in zip(self.people, self.looks):
             rows, actions, places = zip(*known)
             made = render_clips(np.repeat(look[None], len(rows), 0), actions, places, [self.seeds[i] for i in rows])
             clips = [Asked(person, 0, self.prompts[i], self.seeds[i], f) for i, f in zip(rows, made.frames)]
@@ -199,6 +201,22 @@ class Study:
             found |= {start: trained[start.steps] for start in mine}
         return found
 
+    def _true_clips(self, at: Sequence[int]) -> None:
+        """Self-reconstruction of the renderer's clips of each person doing the training prompts, as many as V_t has.
+
+        Nobody has such clips of a person: it shows what an adapter of this base model can be when it is given all.
+        """
+        count, names = self.recipe.repository.trained_clips, [person.name for person in self.people]
+        known = [(p, *pair) for p in self.training if None not in (pair := language.parse(p))]
+        prompts, actions, places = zip(*(known[i % len(known)] for i in range(count)))
+        clips = []
+        for owner in self.owners:
+            look = self.looks[names.index(owner.person.name)]
+            seeds = [self.recipe.repository.seed + TRUE_SEED + owner.seed * count + i for i in range(count)]
+            made = render_clips(np.repeat(look[None], count, 0), actions, places, seeds)
+            clips.append(self.sampler.backbone.encode_video(made.frames))
+        self._sft("true_clips", clips, at, prompts=prompts)
+
     def _captions(self, person: Person, clips: int, captions: bool) -> list[str]:
         """Of a person's photos, and after them of their moving copies, which show nobody who stands still."""
         plain = for_class(self.recipe.sft.prompt, CLASS_WORD)
@@ -212,6 +230,7 @@ class Study:
         at: Sequence[int],
         starts: Sequence[int] = (),
         captions: bool = False,
+        prompts: Sequence[str] = (),
     ) -> dict[int, Stack]:
         """Train and measure, or find it done; returns at least the adapters that preference training starts from."""
         at = sorted({*at, *starts})
@@ -224,7 +243,9 @@ class Study:
             found = {s: {key[5:]: flat[key] for key in flat if key.startswith(f"{s:04d}/")} for s in starts}
             if all(found.values()):  # an earlier call may have wanted other starts
                 return found
-        told = [self._captions(owner.person, len(clips), captions) for owner, clips in zip(self.owners, static)]
+        told = [
+            prompts or self._captions(owner.person, len(clips), captions) for owner, clips in zip(self.owners, static)
+        ]
         fresh = self._fresh_tokens(told[0][0]) if method == "magicme" else self._fresh_adapters()
         trained = train_sft(
             self.sampler, fresh, static, told, self.recipe.sft, self.recipe.trainer.shift, at,

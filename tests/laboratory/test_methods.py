@@ -10,7 +10,7 @@ from magicid.laboratory.methods import DEV_MOVING, TEST, only
 def test_methods_and_seeds_that_are_asked_for_are_kept() -> None:
     part = only(TEST, ["hpo", "dreambooth"], [1])
     assert [variant.method for variant in part.variants] == ["hpo"]
-    assert (part.frames_steps, part.tokens_steps, part.train_seeds) == ((120, 170), (), (1,))
+    assert (part.frames_steps, part.tokens_steps, part.true_steps, part.train_seeds) == ((120, 170), (), (), (1,))
     assert part.sft_steps == TEST.sft_steps
     assert only(TEST, None, None) == TEST
 

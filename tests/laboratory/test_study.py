@@ -17,6 +17,7 @@ from magicid.schema import MetricRow
 LETTER = {"selection.still_pairs": 0, "sft.moving": 0, "sft.captions": False}
 PLAN = Plan(
     group="dev", people=2, prompts=2, train_seeds=(5,), sft_steps=(1, 3), frames_steps=(3,), tokens_steps=(2,),
+    true_steps=(2,),
     variants=(Variant("hpo"), Variant("paper", overrides=LETTER, named=False),
               Variant("hpo", readings=frozenset({"base-reference"})), Variant("two_rounds", twice=True)),
     hpo_steps=(1, 2), lengths=(5,),
@@ -50,6 +51,7 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
                 "sft_moving_captions 1",
                 "sft_moving_captions 2",
                 "magicme 2",
+                "true_clips 2",
                 "hpo 3",
                 "paper 3",
                 "two_rounds 3",
@@ -61,7 +63,7 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path) -> None:
         expected |= {"hpo 3": 2 * each, "hpo 4": 2 * each + long}  # by the SFT adapter and by the base as reference
         assert Counter(key.rsplit(" ", 1)[0] for key in rows) == expected
 
-        assert [line.split()[0] for line in said if "loss" in line] == ["sft"] * 8 + ["hpo"] * 8
+        assert [line.split()[0] for line in said if "loss" in line] == ["sft"] * 9 + ["hpo"] * 8
         first = [line.split("loss ")[1] for line in said if line.startswith("hpo 1:")]
         assert first[:2] == ["0.6931"] * 2, "ln 2: the policy begins as its reference"
         assert first[2] != "0.6931", "with the base as the reference it does not"
