@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -177,7 +178,7 @@ def _nameless(photos: list[_Photo], class_word: str) -> list[str]:
     return [
         f"the caption of {photo.name} does not say {class_word!r} or {{class_word}}, which prompts call the person"
         for photo in photos
-        if photo.caption and class_word not in for_class(photo.caption, class_word)
+        if photo.caption and not re.search(rf"\b{re.escape(class_word)}\b", for_class(photo.caption, class_word))
     ]
 
 

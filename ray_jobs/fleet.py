@@ -250,7 +250,8 @@ class Fleet:
 
 def content_sha256(row: ManifestRow) -> str:
     """Hash of what decides the adapter that a row leads to."""
-    return storage.sha256_json([row.photos, row.owner, row.class_word, row.overrides])
+    decisive = [row.photos, row.owner, row.class_word, row.overrides]
+    return storage.sha256_json([*decisive, row.captions] if any(row.captions) else decisive)
 
 
 def another_row(row: ManifestRow, since: str) -> IdentityError:

@@ -110,17 +110,20 @@ def test_people_who_are_done_do_not_keep_the_others_waiting(tmp_path: Path) -> N
 
 def test_a_changed_row_trains_nobody_under_the_old_ones_name(tmp_path: Path) -> None:
     where = Run(str(tmp_path / "run"))
-    first = run(tmp_path, [person("ada"), person("bo"), person("cy")], lasts_s=5)
+    first = run(tmp_path, [person("ada"), person("bo"), person("cy"), person("dee")], lasts_s=5)
     assert first.published == []
-    for name in ("ada", "bo"):  # whose photos were checked
+    for name in ("ada", "bo", "dee"):  # whose photos were checked
         storage.write_json(where.path(identity_uri(name)), {})
-    rows = [person("ada", photos=["y.png"]), person("bo"), person("cy", photos=["y.png"])]
+    told = {"captions": ["a {class_word} in the snow"]}
+    rows = [person("ada", photos=["y.png"]), person("bo"), person("cy", photos=["y.png"]), person("dee", **told)]
     found = run(tmp_path, rows)
     assert sorted(found.published) == ["bo", "cy"]
-    ada = found.ledger.records["ada"]
-    assert (ada.state, ada.adapter) == (ledger.FAILED, None)
-    assert ada.problem == "ada is another row now than when its photos were checked"
-    assert run(tmp_path, [person("ada"), *rows[1:]]).published == ["ada"]  # as it was begun
+    for name in ("ada", "dee"):
+        record = found.ledger.records[name]
+        assert (record.state, record.adapter) == (ledger.FAILED, None)
+        assert record.problem == f"{name} is another row now than when its photos were checked"
+    again = run(tmp_path, [person("ada"), *rows[1:3], person("dee")])  # as they were begun
+    assert sorted(again.published) == ["ada", "dee"]
 
 
 def test_a_row_may_be_corrected_until_it_is_begun_and_consent_withdrawn_until_the_end(tmp_path: Path) -> None:
