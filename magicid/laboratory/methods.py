@@ -170,9 +170,15 @@ DEV_MOVING = Plan(
 )
 
 
-def _captioned(steps: int, moving: int, still: int = STILL, **hpo: float) -> Variant:
-    overrides = {"sft.captions": True, "sft.moving": moving, "sft.steps": steps, "selection.still_pairs": still}
-    return Variant("hpo", overrides={**overrides, **{f"hpo.{key}": value for key, value in hpo.items()}})
+def _captioned(steps: int, moving: int = 0, readings: str = "", **hpo: float) -> Variant:
+    overrides: dict[str, Any] = {
+        "sft.captions": True,
+        "sft.moving": moving,
+        "sft.steps": steps,
+        "selection.still_pairs": STILL,
+    }
+    overrides |= {f"hpo.{key}": value for key, value in hpo.items()}
+    return Variant("hpo", overrides=overrides, readings=frozenset(readings.split()))
 
 
 DEV_CAPTIONS = Plan(
@@ -180,10 +186,20 @@ DEV_CAPTIONS = Plan(
     people=4,
     prompts=12,
     train_seeds=(0,),
-    sft_steps=(20, 40, 60, 120, 170),
+    sft_steps=(20, 40, 60, 120, 170, 240, 360),
     frames_steps=(),
-    variants=(_captioned(60, 0), _captioned(120, 0), _captioned(240, 0), _captioned(120, 2)),
-    hpo_steps=(25, 50),
+    true_steps=(120, 240, 480),
+    variants=(
+        _captioned(60),
+        _captioned(120),
+        _captioned(120, moving=2),
+        _captioned(240),
+        *(_captioned(240, readings=readings) for readings in ("dominates", "others", ALL)),
+        _captioned(240, learning_rate=3e-4),
+        _captioned(240, beta=50.0),
+        _captioned(240, anchor=1.0),
+    ),
+    hpo_steps=(25, 50, 100),
 )
 
 NO_COPIES: Mapping[str, Any] = {"selection.still_pairs": 0}
