@@ -98,6 +98,7 @@ def test_a_clip_from_the_prompt_to_the_picture(endpoint: Endpoint, page: Page) -
     expect(page.locator("#words")).to_have_text("a person <b>nods</b>")  # text, never markup
     picture = page.locator(".card img")
     expect(picture).to_be_visible()
+    page.wait_for_function("() => document.querySelector('.card img').complete")
     assert picture.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [48, 48]
     with page.expect_download() as download:
         page.get_by_role("button", name="Download").click()

@@ -28,6 +28,8 @@ from magicid.study.score import Answer, bradley_terry
 from tests.report.fake_run import fill
 from tests.serve.test_page import ARGUMENTS, BROWSERS
 
+expect.set_options(timeout=30_000)  # milliseconds: a machine may have no time for a browser
+
 METHODS = ["base", "sft", "hpo"]
 
 
@@ -207,7 +209,7 @@ def test_a_person_answers_and_the_file_scores(place: Path, page: Page, tmp_path:
     page.get_by_role("button", name="Begin").click()
     expect(page.locator("#where")).to_have_text("Set 1 of 3")
     expect(page.locator("video")).to_have_count(3)
-    assert page.evaluate("[...document.querySelectorAll('#photos img')].every(i => i.complete && i.naturalWidth > 0)")
+    page.wait_for_function("[...document.querySelectorAll('#photos img')].every(i => i.complete && i.naturalWidth > 0)")
     folder = os.environ.get("PAGE_PICTURES")
     if folder:
         page.wait_for_timeout(1500)
