@@ -127,6 +127,7 @@ def face_sim_by_frames(rows: Sequence[MetricRow]) -> Pictures:
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         _lines(axes, kept, "frames", "face_sim", "frames", _methods(rows))
+        axes.set_xticks(sorted({row.frames for row in kept}))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
 
     return _pictures(draw, (6.4, 3.4))
