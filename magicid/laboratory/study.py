@@ -43,8 +43,8 @@ class Owner:
 
 
 SEEDED = ("repository", "sft", "hpo")  # sections whose seeds differ from one training to the next
-TRUE_SEED = 700_000  # of the renderer's clips of training prompts, likewise
 TRAINED_SEED = 500_000  # of V_t, beyond the seed of V_s: far from those of held-out clips
+TRUE_SEED = 700_000  # of the renderer's clips of training prompts, likewise
 
 
 class Start(NamedTuple):
