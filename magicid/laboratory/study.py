@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -15,60 +14,25 @@ import torch
 from magicid import schema, storage, weights
 from magicid.backbones import load_backbone
 from magicid.errors import RecipeError
-from magicid.laboratory.clips import Bank, Sampler, TextBank, encoded_again, still_copy, wanted
+from magicid.laboratory.clips import Bank, Sampler, TextBank
 from magicid.laboratory.measuring import Measuring
 from magicid.laboratory.methods import TOKENS_COUNT, TOKENS_RATE, Plan, Variant
 from magicid.laboratory.pairs import BASE_REFERENCE, make_pairs
-from magicid.laboratory.people import CLASS_WORD, SEED, Person, heldout_prompts, people
+from magicid.laboratory.people import CLASS_WORD, SEED, heldout_prompts, people
 from magicid.laboratory.population import Stack, StackedLora, take
+from magicid.laboratory.repositories import Owner, Repositories, Repository, Say, Start, captions_of
 from magicid.laboratory.rows import Asked, Rows
 from magicid.laboratory.training import Preference, train_hpo, train_sft
 from magicid.prompts import for_class, load_prompts
 from magicid.recipe import Recipe
 from magicid.rewards.dynamics import MotionReward
-from magicid.schema import MetricRow, ScoredClip
-from magicid.selection import with_identity_reward
+from magicid.schema import MetricRow
 from magicid.training.tokens import TOKENS, first_tokens
 from magicid.world import language
 from magicid.world.renderer import render_clips, sample_people
 
-
-@dataclass(frozen=True)
-class Owner:
-    """Whose adapter it is: the person, the training seed, and the learning rate of the self-reconstruction."""
-
-    person: Person
-    seed: int
-    rate: float
-
-
 SEEDED = ("repository", "sft", "hpo")  # sections whose seeds differ from one training to the next
-TRAINED_SEED = 500_000  # of V_t, beyond the seed of V_s: far from those of held-out clips
-TRUE_SEED = 700_000  # of the renderer's clips of training prompts, likewise
-
-
-class Start(NamedTuple):
-    """Where preference training begins: the SFT's moving copies of each photo, whether captions are used, its steps."""
-
-    moving: int
-    captions: bool
-    steps: int
-
-    @property
-    def method(self) -> str:
-        """The SFT, as the tables name it."""
-        return "sft" + "_moving" * bool(self.moving) + "_captions" * self.captions
-
-
-@dataclass(frozen=True)
-class Repository:
-    """Scored clips of one adapter: V_s, its V_t and V_id; and V_still and V_mov, which nobody scores."""
-
-    owner: Owner
-    clips: list[ScoredClip]
-
-
-Say = Callable[[str], None]
+TRUE_SEED = 700_000  # of the renderer's clips of training prompts: far from those of held-out clips
 
 
 class Study:
@@ -111,7 +75,10 @@ class Study:
         self.references = {person.name: both for person, both in zip(self.people, found)}
         rates = plan.sft_rates or (recipe.sft.learning_rate,)
         self.owners = [Owner(p, seed, rate) for rate in rates for p in self.people for seed in plan.train_seeds]
-        self._base_clips: list[ScoredClip] | None = None
+        self.repositories = Repositories(
+            recipe, self.sampler, self.bank, measuring, self.training,
+            {name: reward for name, (reward, _) in self.references.items()}, self.owners, say,
+        )  # fmt: skip
         self.rows = Rows(
             out, measuring, {name: metric for name, (_, metric) in self.references.items()}, fps=recipe.sampling.fps,
             base_sha256=backbone.base_sha256, suffix="seed" + "-".join(map(str, plan.train_seeds)),
@@ -137,7 +104,7 @@ class Study:
         if self.plan.true_steps:
             self._true_clips(self.plan.true_steps)
         missing = [variant for variant in self.plan.variants if not self._is_measured(variant)]
-        repositories = {start: self._repository(start, trained[start], static) for start in self._starts(missing)}
+        repositories = {start: self.repositories.make(start, trained[start], static) for start in self._starts(missing)}
         once = [variant for variant in missing if not variant.twice]
         # A GPU has room for all; on a CPU nothing is gained by it, and a variant that is finished stays.
         for variants in [once] if self.device.type == "cuda" else [[variant] for variant in once]:
@@ -217,12 +184,6 @@ class Study:
             clips.append(self.sampler.backbone.encode_video(made.frames))
         self._sft("true_clips", clips, at, prompts=prompts)
 
-    def _captions(self, person: Person, clips: int, captions: bool) -> list[str]:
-        """Of a person's photos, and after them of their moving copies, which show nobody who stands still."""
-        plain = for_class(self.recipe.sft.prompt, CLASS_WORD)
-        still = list(person.captions) if captions else [plain] * len(person.photos)
-        return still + [plain] * (clips - len(still))
-
     def _sft(
         self,
         method: str,
@@ -244,7 +205,8 @@ class Study:
             if all(found.values()):  # an earlier call may have wanted other starts
                 return found
         told = [
-            prompts or self._captions(owner.person, len(clips), captions) for owner, clips in zip(self.owners, static)
+            prompts or captions_of(self.recipe, owner.person, len(clips), captions)
+            for owner, clips in zip(self.owners, static)
         ]
         fresh = self._fresh_tokens(told[0][0]) if method == "magicme" else self._fresh_adapters()
         trained = train_sft(
@@ -265,50 +227,6 @@ class Study:
     def _fresh_tokens(self, caption: str) -> Stack:
         text = self.sampler.text([caption])
         return {TOKENS: torch.stack([first_tokens(text, TOKENS_COUNT, o.seed) for o in self.owners]).to(self.device)}
-
-    def _repository(self, start: Start, trained: Stack, static: Sequence[torch.Tensor]) -> list[Repository]:
-        settings = self.recipe.repository
-        if self._base_clips is None:
-            prompts = [self.training[i % len(self.training)] for i in range(settings.base_clips)]
-            seeds = [settings.seed + i for i in range(settings.base_clips)]
-            clips = wanted(schema.BASE_CLIP, None, prompts, seeds)
-            self._base_clips = self._scored(clips, self.sampler.sample(None, prompts, seeds))
-        prompts = [self.training[i % len(self.training)] for i in range(settings.trained_clips)]
-        seeds = [settings.seed + TRAINED_SEED + i for i in range(settings.trained_clips)]
-        sampled = self.sampler.sample(trained, prompts, seeds).unflatten(0, (len(self.owners), -1))
-        clips, latents = [], []
-        for k, owner in enumerate(self.owners):
-            training, photos = self._training(start, owner), len(static[k])
-            captions = self._captions(owner.person, photos, start.captions)
-            clips += wanted(schema.TRAINED_CLIP, owner.person.name, prompts, seeds, training=training)
-            clips += wanted(schema.STATIC_CLIP, owner.person.name, captions, [0] * photos, training=training)
-            latents += [sampled[k], static[k]]
-        scored = self._scored(clips, torch.cat(latents))
-        self._say(f"repository after {start.steps} steps: {len(scored)} clips")
-        found, position = [], 0
-        for k, owner in enumerate(self.owners):
-            count = len(prompts) + len(static[k])
-            mine = [*self._base_clips, *scored[position : position + count]]
-            mine = with_identity_reward(mine, self.references[owner.person.name][0])
-            copies = [still_copy(clip) for clip in mine if clip.kind == schema.TRAINED_CLIP]
-            found.append(Repository(owner, [*mine, *copies, *self._moving_copies(start, owner)]))
-            position += count
-        return found
-
-    @staticmethod
-    def _training(start: Start, owner: Owner) -> str:
-        """Tells the adapters of one person apart."""
-        return f"{start.method}-{start.moving}-{start.steps}/{owner.seed}/{owner.rate:g}"
-
-    def _moving_copies(self, start: Start, owner: Owner) -> list[ScoredClip]:
-        """V_mov of one adapter's person, their latents kept; nobody scores them."""
-        photos = len(owner.person.photos)
-        captions = self._captions(owner.person, photos * (1 + start.moving), start.captions)[photos:]
-        training, seeds = self._training(start, owner), [0] * len(captions)
-        clips = wanted(schema.MOVING_CLIP, owner.person.name, captions, seeds, training=training)
-        if clips:
-            self.bank.add([clip.clip_id for clip in clips], self.sampler.moving(owner.person.photos, start.moving))
-        return clips
 
     def _preferences(
         self,
@@ -386,21 +304,10 @@ class Study:
         start, steps = self._start(variant), max(self.plan.hpo_steps)
         first = self._preferences([variant], trained, repositories, [steps // 2])
         if first is not None:
-            second = self._repository(start._replace(steps=start.steps + steps // 2), first, static)
+            second = self.repositories.make(start._replace(steps=start.steps + steps // 2), first, static)
             self._preferences([variant], {start: first}, {start: second}, [steps - steps // 2], steps // 2)
 
     # ---- clips ------------------------------------------------------------------------------------------------
-
-    def _scored(self, clips: Sequence[ScoredClip], latents: torch.Tensor) -> list[ScoredClip]:
-        """Scored clips, their latents kept; of V_t also those of V_still, and those of V_t encoded again."""
-        frames = self.sampler.decode(latents)
-        trained = [i for i, clip in enumerate(clips) if clip.kind == schema.TRAINED_CLIP]
-        for start in range(0, len(trained), 60):
-            part = trained[start : start + 60]
-            still, encode = np.repeat(frames[part, :1], frames.shape[1], axis=1), self.sampler.backbone.encode_video
-            self.bank.add([still_copy(clips[i]).clip_id for i in part], encode(still))
-            self.bank.add([encoded_again(clips[i].clip_id) for i in part], encode(frames[part]))
-        return self.bank.score(self.measuring, clips, latents, frames)
 
     def _held_out(
         self,
