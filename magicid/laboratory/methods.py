@@ -181,6 +181,9 @@ def _captioned(steps: int, moving: int = 0, readings: str = "", **hpo: float) ->
     return Variant("hpo", overrides=overrides, readings=frozenset(readings.split()))
 
 
+NO_COPIES: Mapping[str, Any] = {"selection.still_pairs": 0}
+LOSERS: Mapping[str, Any] = {**NO_COPIES, "selection.static_prompt": "loser"}
+
 DEV_CAPTIONS = Plan(
     group="dev",
     people=4,
@@ -198,11 +201,14 @@ DEV_CAPTIONS = Plan(
         _captioned(240, learning_rate=3e-4),
         _captioned(240, beta=50.0),
         _captioned(240, anchor=1.0),
+        Variant("no_copies", overrides=NO_COPIES, named=False),
+        Variant("no_copies", overrides=LOSERS),
+        Variant("p_id", ONLY_STATIC, NO_COPIES, named=False),
+        Variant("p_id", ONLY_STATIC, LOSERS),
     ),
     hpo_steps=(25, 50, 100),
 )
 
-NO_COPIES: Mapping[str, Any] = {"selection.still_pairs": 0}
 LETTER: Mapping[str, Any] = {"sft.moving": 0, "sft.captions": False, **NO_COPIES, "hpo.beta": 600.0}
 """The paper's: photos held still, all under one caption, P_id and P_dy alone, at the strength that suited them on the
 development people."""
